@@ -1,0 +1,203 @@
+"""Checkpoints: folders that are complete or do not exist, verified before use, never unpickled.
+
+    checkpoints/step-00000450/
+        model.pt        state_dict of the unwrapped network
+        training.pt     optimizer, loss scale, sums of the record in progress
+        position.json   epoch, samples_seen, global_step, best evaluation so far, run id
+        manifest.json   format, size and SHA-256 of each file above
+
+The learning rate and all random streams are functions of the position and need no file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+_FOLDER = re.compile(r"step-(\d{8,})")
+logger = logging.getLogger("convoy")
+
+
+class CheckpointError(Exception):
+    """A checkpoint is damaged or does not fit; the message names it."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a training stands: behind `samples_seen` samples (over all ranks) of `epoch`, counted from 0."""
+
+    epoch: int = 0
+    samples_seen: int = 0
+    global_step: int = 0
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far, by checkpoint.metric."""
+
+    value: float
+    global_step: int
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a training needs to go on. `model` has unwrapped keys; tensors are on the CPU after loading."""
+
+    position: Position
+    best: Best | None
+    run_id: str
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    meter: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run. Only rank 0 writes."""
+
+    def __init__(self, folder: Path, *, keep: int, keep_best: int, higher_is_better: bool):
+        self.folder = folder
+        self._keep = keep
+        self._keep_best = keep_best
+        self._sign = 1 if higher_is_better else -1
+
+    def save(self, state: TrainingState, value: float | None = None) -> Path:
+        """Write a checkpoint, then remove what `keep` and `keep_best` do not cover.
+
+        `value` is the evaluation at this step, if there was one: what `keep_best` goes by.
+        """
+        target = self.folder / f"step-{state.position.global_step:08d}"
+        temporary = self.folder / f".writing-{target.name}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".writing-*"):
+            shutil.rmtree(stale)
+        temporary.mkdir()
+        _write(temporary / "model.pt", state.model)
+        _write(
+            temporary / "training.pt",
+            {"optimizer": state.optimizer, "scaler": state.scaler, "meter": state.meter},
+        )
+        position = {**asdict(state.position), "best": state.best and asdict(state.best), "run_id": state.run_id}
+        _write(temporary / "position.json", {**position, "value": value})
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        _write(temporary / "manifest.json", {"format": FORMAT, "files": files})
+        _sync_folder(temporary)
+        if target.exists():  # the step was done again after a resume from before it
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync_folder(self.folder)
+        self._prune()
+        return target
+
+    def all(self) -> list[Path]:
+        """Complete and incomplete checkpoints, the latest first."""
+        found = [path for path in self.folder.glob("step-*") if _FOLDER.fullmatch(path.name)]
+        return sorted(found, key=_step_of, reverse=True)
+
+    def load_latest(self) -> TrainingState | None:
+        """The latest checkpoint that verifies; damaged ones are named in a warning and passed over."""
+        for path in self.all():
+            try:
+                return load_checkpoint(path)
+            except CheckpointError as error:
+                logger.warning("%s; trying the one before", error)
+        return None
+
+    def _prune(self) -> None:
+        by_step = self.all()
+        kept = set(by_step[: self._keep]) | set(sorted(by_step, key=self._rank, reverse=True)[: self._keep_best])
+        for path in by_step:
+            if path not in kept:
+                shutil.rmtree(path)
+
+    def _rank(self, path: Path) -> float:
+        try:
+            value = json.loads((path / "position.json").read_bytes())["value"]
+        except (OSError, ValueError, KeyError):
+            value = None
+        return float("-inf") if value is None else self._sign * float(value)
+
+
+def load_checkpoint(path: Path) -> TrainingState:
+    """Read one checkpoint onto the CPU. Raises CheckpointError if a file is missing, damaged or not ours."""
+    _verify(path)
+    position = json.loads((path / "position.json").read_bytes())
+    training = _load_tensors(path / "training.pt")
+    return TrainingState(
+        Position(position["epoch"], position["samples_seen"], position["global_step"]),
+        Best(**position["best"]) if position["best"] else None,
+        position["run_id"],
+        _load_tensors(path / "model.pt"),
+        training["optimizer"],
+        training["scaler"],
+        training["meter"],
+    )
+
+
+def save_atomically(path: Path, content: Any) -> None:
+    """Write tensors (`.pt`) or JSON so that `path` holds either what it held or all of the new content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".writing-{path.name}")
+    _write(temporary, content)
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _verify(path: Path) -> None:
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        version, files = manifest["format"], manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} has no readable manifest ({error})") from error
+    if version != FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {version}; this version reads format {FORMAT}")
+    for name, expected in files.items():
+        if not (path / name).is_file() or _fingerprint(path / name) != expected:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what its manifest states")
+
+
+def _load_tensors(path: Path) -> dict[str, Any]:
+    try:
+        # weights_only: a checkpoint can hold tensors and plain values, never code
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from error
+    return loaded
+
+
+def _write(path: Path, content: Any) -> None:
+    with path.open("wb") as file:
+        if path.suffix == ".pt":
+            torch.save(content, file)
+        else:
+            file.write(json.dumps(content, indent=1).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

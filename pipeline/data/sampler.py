@@ -1,0 +1,92 @@
+"""Which rank computes which sample when: a function of (seed, epoch, position), never of the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+from pipeline.seeding import stream_seed
+
+
+@dataclass(frozen=True)
+class StepIndices:
+    """One optimizer step as seen by one rank."""
+
+    start: int
+    """Position in the epoch of the step's first sample, over all ranks."""
+    global_count: int
+    """Samples of the step over all ranks; smaller than the global batch size at the end of an epoch."""
+    micro_batches: tuple[torch.Tensor, ...]
+    """int64 indices into the dataset of this rank, one tensor per accumulation step; some may be empty."""
+
+
+def share(count: int, index: int, parts: int) -> slice:
+    """The `index`-th of `parts` contiguous shares of `count` things; sizes differ by one at most."""
+    return slice(count * index // parts, count * (index + 1) // parts)
+
+
+class GlobalOrderSampler(DistributedSampler[int]):
+    """A DistributedSampler without padding or dropping, that can begin at any sample of an epoch.
+
+    The order of an epoch is drawn once for all ranks and cut into global batches; each global batch is cut into one
+    contiguous share per rank. So the same global batches are seen by any number of ranks, and resuming in the middle
+    of an epoch, on another number of ranks too, is arithmetic. The torch class pads the shards to equal
+    length, interleaves them, and so repeats samples and ties the order to the world size.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        global_batch_size: int,
+        world_size: int = 1,
+        rank: int = 0,
+        accumulate: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ):
+        super().__init__(cast(Dataset[int], range(num_samples)), world_size, rank, shuffle=shuffle, seed=seed)
+        self.total_size = num_samples
+        self.global_batch_size = global_batch_size
+        self.accumulate = accumulate
+        self.samples_seen = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.total_size // self.global_batch_size)
+
+    def set_position(self, epoch: int, samples_seen: int = 0) -> None:
+        """Begin the next iteration in `epoch` behind its first `samples_seen` samples (over all ranks)."""
+        if not 0 <= samples_seen <= self.total_size:
+            raise ValueError(f"samples_seen = {samples_seen}: accepted: 0 to {self.total_size}, the samples there are")
+        self.set_epoch(epoch)
+        self.samples_seen = samples_seen
+
+    def order(self) -> torch.Tensor:
+        """int64 [samples]: the epoch's order over all ranks."""
+        if not self.shuffle:
+            return torch.arange(self.total_size)
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", self.epoch))
+        return torch.randperm(self.total_size, generator=generator)
+
+    def steps(self) -> Iterator[StepIndices]:
+        """This rank's part of every remaining step of the epoch; the same number of steps on every rank."""
+        order = self.order()
+        for start in range(self.samples_seen, self.total_size, self.global_batch_size):
+            global_batch = order[start : start + self.global_batch_size]
+            mine = global_batch[share(len(global_batch), self.rank, self.num_replicas)]
+            micro = tuple(mine[share(len(mine), i, self.accumulate)] for i in range(self.accumulate))
+            yield StepIndices(start, len(global_batch), micro)
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self.steps():
+            for micro_batch in step.micro_batches:
+                yield from micro_batch.tolist()
+
+    def __len__(self) -> int:
+        """Samples of this rank in what remains of the epoch."""
+        return sum(len(micro_batch) for step in self.steps() for micro_batch in step.micro_batches)

@@ -1,0 +1,219 @@
+"""The process group and this process's place in it. The only reader of RANK and its companions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+LOGGER_NAME = "convoy"
+
+
+class RemoteError(Exception):
+    """Another rank failed; that rank shows the cause."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says about this process. One process without torchrun is a world of one."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    run_id: str | None = None
+    """Of the job under torchrun, the same across elastic restarts; None without torchrun."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Launch:
+        """Raises ValueError if only some of torchrun's variables are set."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        missing = [name for name in names if name not in environment]
+        if len(missing) == len(names) or (missing and "RANK" not in environment):
+            return cls()
+        if missing or not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+            raise ValueError(
+                f"RANK is set, but not {', '.join(missing) or 'MASTER_ADDR and MASTER_PORT'}: start with torchrun, "
+                "which sets them all, or unset RANK for a single process"
+            )
+        run_id = environment.get("TORCHELASTIC_RUN_ID")
+        if run_id == "none":  # torchrun's default: then the agent, which outlives its workers, stands for the job
+            run_id = f"{socket.gethostname()}-{os.getppid()}-{_start_ticks(os.getppid())}"
+        rank, local_rank, world_size, local_world_size = (int(environment[name]) for name in names)
+        return cls(rank, local_rank, world_size, local_world_size, run_id)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among the others: its number, its device, and the collectives, which a world of one skips."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    backend: str
+    num_threads: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Collective: every rank must call. Sums `tensor` over the ranks in place, and returns it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Collective: every rank must call. Whether `flag` is true on any rank."""
+        return bool(self.reduce_sum(torch.tensor([float(flag)], device=self.device)).item())
+
+    def gather(self, value: T) -> list[T]:
+        """Collective: every rank must call. The picklable `value` of each rank, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, action: Callable[[], T]) -> T:
+        """Collective: every rank must call. Rank 0 runs `action`; every rank returns its result.
+
+        If it raises, rank 0 raises that, and the others RemoteError.
+        """
+        result, error = attempt(action) if self.is_main else (None, None)
+        told: list[Any] = [result, describe_error(error)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(told, src=0, device=self._object_device)
+        if error is not None:
+            raise error
+        if told[1] is not None:
+            raise RemoteError(told[1])
+        return cast(T, told[0])
+
+    def once_per_node(self, action: Callable[[], object]) -> None:
+        """Collective: every rank must call. Local rank 0 of each node runs `action` before anyone goes on."""
+        error = attempt(action)[1] if self.local_rank == 0 else None
+        failures = [text for text in self.gather(describe_error(error)) if text is not None]
+        if error is not None:
+            raise error
+        if failures:
+            raise RemoteError(failures[0])
+
+    @property
+    def _object_device(self) -> torch.device:
+        return self.device if self.backend == "nccl" else torch.device("cpu")
+
+
+def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What `action` returns, or raises: the others have to be told before it is raised here."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
+def describe_error(error: Exception | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def choose_device(launch: Launch, device: str, backend: str) -> torch.device:
+    """The device of this rank: `cuda:<local rank>` where torch sees GPUs, unless set otherwise.
+
+    Raises ValueError if there is no GPU although one was asked for, or fewer than ranks.
+    """
+    num_gpus = torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and num_gpus == 0):
+        return torch.device("cpu")
+    if num_gpus == 0:
+        raise ValueError("train.device = cuda: torch sees no GPU here; use train.device=cpu or auto")
+    if launch.local_world_size > num_gpus and backend != "gloo":
+        raise ValueError(
+            f"{launch.local_world_size} ranks on this node, but torch sees {num_gpus} GPU(s), and two ranks on one GPU "
+            f"cannot use NCCL: start torchrun with --nproc_per_node={num_gpus}, or set train.device=cpu, or "
+            "train.backend=gloo to share GPUs (slow)"
+        )
+    return torch.device("cuda", launch.local_rank % num_gpus)
+
+
+def choose_threads(launch: Launch, threads: int | None) -> int:
+    """Threads of this rank on CPU: the cores this process may use, divided among the ranks of the node.
+
+    torchrun would set OMP_NUM_THREADS=1, which leaves most cores of a node idle.
+    """
+    return threads or max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
+
+
+@contextmanager
+def start_rank(
+    launch: Launch, *, device: str = "auto", backend: str = "auto", threads: int | None = None, timeout: float = 300.0
+) -> Iterator[Rank]:
+    """Take the device, join the process group, and leave it at the end.
+
+    `timeout` is in seconds, for every collective. After an exception the group is left alone: a collective on the
+    way out would turn a crash into a hang.
+    """
+    chosen = choose_device(launch, device, backend)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # first of all, or every rank opens a context on GPU 0
+    if backend == "auto":
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+    num_threads = choose_threads(launch, threads)
+    torch.set_num_threads(num_threads)
+    if launch.world_size > 1:
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=timeout),
+            device_id=chosen if backend == "nccl" else None,
+        )
+    yield Rank(
+        launch.rank,
+        launch.local_rank,
+        launch.world_size,
+        launch.local_world_size,
+        chosen,
+        backend if launch.world_size > 1 else "none",
+        num_threads,
+    )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _start_ticks(pid: int) -> str:
+    """When a process started, which tells it from a later one with the same number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return "0"
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone, which is a consequence and never the cause."""
+    signs = ("connection closed by peer", "connection reset", "broken pipe", "connection refused", "socket closed")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    )
+
+
+def start_logging(rank: int) -> logging.Logger:
+    """Rank 0 logs INFO as plain lines; the others warnings, with their rank. The root logger is left alone."""
+    logger = logging.getLogger(LOGGER_NAME)
+    handler = logging.StreamHandler(sys.stdout)
+    form = "%(message)s" if rank == 0 else f"[rank {rank} on {socket.gethostname()}] %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(form))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+    return logger

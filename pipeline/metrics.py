@@ -1,0 +1,99 @@
+"""Sums and counts on the device, reduced over the ranks when they are read: no metric is a mean of means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.distributed import Rank
+
+
+class TrainMeter:
+    """Loss and accuracy since the last record. Adding does not wait for the device."""
+
+    def __init__(self, device: torch.device):
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._count = 0
+
+    def add(self, loss_sum: Tensor, num_correct: Tensor, count: int) -> None:
+        """`loss_sum` and `num_correct` are of this rank; `count` is of all ranks, known without asking them."""
+        self._sums += torch.stack((loss_sum, num_correct)).to(torch.float64)
+        self._count += count
+
+    def reduce(self, rank: Rank, *votes: bool) -> tuple[dict[str, float], bool]:
+        """Collective: every rank must call. Metrics over all ranks, then reset; and whether any rank votes yes.
+
+        The vote rides along so that a decision costs no collective of its own.
+        """
+        vote = torch.tensor([float(any(votes))], dtype=torch.float64, device=self._sums.device)
+        loss, correct, yes = rank.reduce_sum(torch.cat((self._sums, vote))).tolist()
+        count = max(1, self._count)
+        self._sums.zero_()
+        self._count = 0
+        return {"train/loss": loss / count, "train/accuracy": correct / count}, yes > 0
+
+    def state(self, rank: Rank) -> dict[str, Any]:
+        """Collective: every rank must call. What a checkpoint keeps of a record that is not complete yet.
+
+        The sums of each rank apart: added up in another order they would differ in the last bit.
+        """
+        return {"sums": rank.gather(self._sums.tolist()), "count": self._count}
+
+    def load_state(self, state: dict[str, Any], rank: Rank) -> None:
+        """On another number of ranks the first takes the sum of all."""
+        sums = torch.tensor(state["sums"], dtype=torch.float64).view(-1, 2)
+        if len(sums) == rank.world_size:
+            self._sums.copy_(sums[rank.rank])
+        else:
+            self._sums.copy_(sums.sum(0) if rank.is_main else torch.zeros(2, dtype=torch.float64))
+        self._count = int(state["count"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Over all samples of the evaluation set, each counted once."""
+
+    loss: float
+    accuracy: float
+    count: int
+    confusion: Tensor
+    """int64 [classes, classes] on the CPU: rows are the truth, columns the prediction."""
+
+    @property
+    def num_correct(self) -> int:
+        return int(self.confusion.diagonal().sum())
+
+    @property
+    def recall(self) -> Tensor:
+        """float64 [classes]: the share of each class that was recognised; NaN for a class without samples."""
+        return self.confusion.diagonal().double() / self.confusion.sum(1)
+
+
+class EvaluationMeter:
+    """Loss and confusion matrix of the samples this rank evaluates."""
+
+    def __init__(self, num_classes: int, device: torch.device):
+        self._loss = torch.zeros(1, dtype=torch.float64, device=device)
+        self._confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+        self._num_classes = num_classes
+
+    def add(self, loss_sum: Tensor, labels: Tensor, predicted: Tensor) -> None:
+        cells = labels * self._num_classes + predicted
+        self._confusion.index_add_(0, cells, torch.ones_like(cells))
+        self._loss += loss_sum.to(torch.float64)
+
+    def reduce(self, rank: Rank, expected_count: int, per_sample: int = 1) -> Evaluation:
+        """Collective: every rank must call, once. Asserts that `expected_count` samples were counted.
+
+        `per_sample` is what the loss divides by besides the samples (the classes, for a mean over both).
+        """
+        # float64 holds counts exactly up to 2**53, so that one reduction carries loss and counts
+        sums = rank.reduce_sum(torch.cat((self._loss, self._confusion.double()))).cpu()
+        confusion = sums[1:].round().long().view(self._num_classes, self._num_classes)
+        count = int(confusion.sum())
+        assert count == expected_count, f"evaluated {count} samples of {expected_count}"
+        correct = int(confusion.diagonal().sum())
+        return Evaluation(float(sums[0]) / (count * per_sample), correct / count, count, confusion)

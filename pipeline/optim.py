@@ -1,0 +1,70 @@
+"""Optimizers, and the learning rate as a function of the optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn, optim
+
+from pipeline.config import OptimConfig
+
+
+def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+    lr, decay = config.lr, config.weight_decay
+    match config.name:
+        case "sgd":
+            return optim.SGD(parameters, lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=decay)
+        case "adam":
+            return optim.Adam(parameters, lr, weight_decay=decay)
+        case "adamw":
+            return optim.AdamW(parameters, lr, weight_decay=decay)
+        case "rmsprop":
+            return optim.RMSprop(parameters, lr, momentum=config.momentum, weight_decay=decay)
+        case "adadelta":
+            return optim.Adadelta(parameters, lr, weight_decay=decay)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate at a global optimizer step, counted from 0.
+
+    A function without state: the curve depends on neither the number of ranks nor resumes, and a checkpoint has
+    nothing of it to carry. All shapes rise linearly over `warmup` steps first, reaching `lr` on the step after.
+    """
+
+    config: OptimConfig
+    steps_per_epoch: int
+    total_steps: int
+
+    def lr(self, step: int) -> float:
+        return self.config.lr * self._factor(step)
+
+    def _factor(self, step: int) -> float:
+        if self.config.schedule == "one_cycle":
+            return self._one_cycle(step)
+        warmup = self.config.warmup
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        match self.config.schedule:
+            case "step":
+                falls = step // (self.config.step_epochs * self.steps_per_epoch)
+                return self.config.step_gamma**falls
+            case "cosine":
+                return _cosine(1.0, 0.0, (step - warmup) / max(1, self.total_steps - warmup))
+            case _:
+                return 1.0
+
+    def _one_cycle(self, step: int) -> float:
+        """Smith & Topin 2018 (arXiv 1708.07120) with the constants of torch's OneCycleLR: from 1/25 up to 1 over
+        the warm-up, then down to 1/25e4, both along a cosine."""
+        peak = self.config.warmup or max(1, round(0.3 * self.total_steps))
+        if step < peak:
+            return _cosine(1 / 25, 1.0, step / peak)
+        return _cosine(1.0, 1 / 25e4, (step - peak) / max(1, self.total_steps - 1 - peak))
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    """From `start` to `end` along half a cosine; `progress` in 0..1 (held beyond)."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2

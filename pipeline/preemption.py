@@ -1,0 +1,40 @@
+"""Signals become a request that the training answers at its next decision: save, and leave with exit code 0."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Set by a signal. The handler does nothing else: work in a handler can deadlock with what it interrupted."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """A second signal ends the process at once."""
+        if self:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal_name = signal.Signals(number).name
+
+
+@contextmanager
+def listen_for_stop() -> Iterator[StopRequest]:
+    """Only in the main thread, as Python has it for signal handlers."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,42 @@
+"""Where a run comes from: code, machine and job, as tags."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+SLURM_VARIABLES = (
+    "SLURM_JOB_ID",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_PARTITION",
+    "SLURM_RESTART_COUNT",
+)
+
+
+def collect_provenance(environment: Mapping[str, str], repository: Path) -> dict[str, str]:
+    """Tags of host, torch and Slurm, and of the commit if `repository` is a git checkout."""
+    tags = {"host": socket.gethostname(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        tags["gpu"] = torch.cuda.get_device_name()
+    tags |= {name.lower(): environment[name] for name in SLURM_VARIABLES if name in environment}
+    commit = _git(repository, "rev-parse", "HEAD")
+    if commit is not None:
+        changes = _git(repository, "status", "--porcelain", "--untracked-files=no")
+        tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(changes)).lower()}
+    return tags
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(repository), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,192 @@
+"""A run is a folder: its name, who may write in it, and what it says about the state of the run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+
+from pipeline.config import Config
+
+State = Literal["running", "finished", "preempted", "failed"]
+
+# A run is these: under other values its checkpoints and curves would be of something else.
+IDENTITY = (
+    "run.seed",
+    "data.dataset",
+    "data.image_size",
+    "data.mean",
+    "data.std",
+    "data.global_batch_size",
+    "data.synthetic_train_size",
+    "data.synthetic_eval_size",
+    "data.synthetic_channels",
+    "data.synthetic_classes",
+    "model.name",
+    "model.dropout",
+    "model.dropout2d",
+    "loss",
+    "optim.name",
+)
+
+
+class RunError(Exception):
+    """The run folder cannot be used as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def status(self) -> dict[str, Any]:
+        """The content of status.json; empty for a folder that has none."""
+        try:
+            loaded: dict[str, Any] = json.loads((self.path / "status.json").read_bytes())
+        except FileNotFoundError:
+            return {}
+        return loaded
+
+    def update_status(self, **changes: Any) -> None:
+        """Change some keys of status.json. Training and publisher both write it, hence the lock."""
+        with locked(self.path / ".status.lock"):
+            status = self.status() | changes
+            temporary = self.path / ".writing-status.json"
+            temporary.write_text(json.dumps(status, indent=1) + "\n")
+            temporary.replace(self.path / "status.json")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for and hold an exclusive lock between processes; the kernel releases it when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def training_lock(folder: RunFolder) -> Iterator[None]:
+    """Held while a training writes in the folder. Raises RunError that names the holder if there is one."""
+    with (folder.path / ".training.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(
+                f"run {folder.name} is being trained right now by {file.read().strip() or 'another process'}: wait "
+                "for it, stop it, or choose another run.name"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def slurm_run_name(environment: Mapping[str, str]) -> str | None:
+    """`slurm-<job id>`, or `slurm-<array id>_<task id>` in an array; None outside Slurm."""
+    if array := environment.get("SLURM_ARRAY_JOB_ID"):
+        return f"slurm-{array}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
+    job = environment.get("SLURM_JOB_ID")
+    return f"slurm-{job}" if job else None
+
+
+def choose_run(config: Config, config_name: str, environment: Mapping[str, str], launch_id: str | None) -> RunFolder:
+    """The folder of this run: the one named, Slurm's, that of the same launch before an elastic restart, or a new one.
+
+    A default name belongs to one launch only: repeating the command without a name is a new run.
+    """
+    runs = Path(config.run.dir).absolute()
+    name = config.run.name or slurm_run_name(environment)
+    if name is not None:
+        return RunFolder(runs / name)
+    if config.run.resume == "must":
+        raise RunError("run.resume = must: which run? Set run.name to the one to continue")
+    if launch_id is not None and (earlier := _unfinished_of_launch(runs, launch_id)):
+        return earlier
+    stem = f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        folder = RunFolder(runs / (stem + suffix))
+        try:
+            folder.path.mkdir(parents=True)
+        except FileExistsError:  # another run was started in this second
+            continue
+        return folder
+    raise RunError(f"{runs} has a thousand runs of this second; set run.name")
+
+
+def _unfinished_of_launch(runs: Path, launch_id: str) -> RunFolder | None:
+    for status in runs.glob("*/status.json"):
+        folder = RunFolder(status.parent)
+        known = folder.status()
+        if known.get("launch_id") == launch_id and known.get("state") != "finished":
+            return folder
+    return None
+
+
+def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool) -> None:
+    """Raises RunError if `run.resume` or the folder's own config forbids going on in it."""
+    resume = config.run.resume
+    if resume == "must" and not has_checkpoint:
+        raise RunError(
+            f"run.resume = must: there is no usable checkpoint in {folder.checkpoints}; correct run.name or run.dir, "
+            "or set run.resume=auto to begin anew"
+        )
+    if not folder.journal.exists():
+        return
+    if resume == "never":
+        raise RunError(
+            f"run.resume = never: {folder.path} holds a run already; choose another run.name, or set run.resume=auto "
+            "to continue it"
+        )
+    changed = [f"{key} was {before}, is {now}" for key, before, now in changes(folder, config) if key in IDENTITY]
+    if changed:
+        raise RunError(
+            f"run {folder.name} is another training: {'; '.join(changed)}. Choose another run.name, or go back to the "
+            f"values of {folder.config}"
+        )
+
+
+def changes(folder: RunFolder, config: Config) -> list[tuple[str, Any, Any]]:
+    """(key, value before, value now) of all that differs from the config the folder was last run with."""
+    saved = Config.model_validate(yaml.safe_load(folder.config.read_text()))
+    return [(key, saved.get(key), value) for key, value in config.flat().items() if saved.get(key) != value]
+
+
+def without_credentials(uri: str) -> str:
+    """The URI as it may be written down and shown."""
+    credentials, at, _ = urlsplit(uri).netloc.rpartition("@")
+    return uri.replace(credentials + at, "", 1)

@@ -1,0 +1,231 @@
+"""From a config to the parts of a training: the only place that knows every class."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.checkpoint import Checkpoints
+from pipeline.config import Config, Problem
+from pipeline.data.datasets import (
+    DATASETS,
+    Dataset,
+    DatasetInfo,
+    ImageSet,
+    load_dataset,
+    prepare_dataset,
+    synthetic_info,
+)
+from pipeline.data.loading import Loader, Normalize, ResidentLoader, StreamedLoader, choose_placement
+from pipeline.data.sampler import GlobalOrderSampler
+from pipeline.distributed import Launch, Rank, choose_device
+from pipeline.losses import LOSSES, losses_for
+from pipeline.models import NETWORKS, build_model
+from pipeline.optim import Schedule, build_optimizer
+from pipeline.precision import Precision
+from pipeline.preemption import StopRequest
+from pipeline.run_folder import RunFolder
+from pipeline.seeding import stream_seed
+from train.display import BarDisplay, Display, LineDisplay, NoDisplay
+from train.evaluation import Evaluator
+from train.output import RunOutput
+from train.step import EagerStep
+from train.trainer import Trainer
+
+
+def dataset_info(config: Config) -> DatasetInfo:
+    """What is known of the dataset before a file is read, at the size and normalisation it will be used in."""
+    data = config.data
+    if data.dataset == "synthetic":
+        info = synthetic_info(
+            channels=data.synthetic_channels,
+            num_classes=data.synthetic_classes,
+            image_size=data.image_size or 28,
+            train_size=data.synthetic_train_size,
+            eval_size=data.synthetic_eval_size,
+        )
+    else:
+        info = DATASETS[data.dataset]
+    return replace(
+        info,
+        image_size=data.image_size or info.image_size,
+        mean=data.mean or info.mean,
+        std=data.std or info.std,
+    )
+
+
+def find_contradictions(config: Config, launch: Launch) -> Iterable[Problem]:
+    """What only datasets, networks and this machine know. Reads no file and starts nothing."""
+    info, network = dataset_info(config), NETWORKS[config.model.name]
+    fitting = losses_for(network.output)
+    if config.loss not in fitting:
+        yield Problem(
+            ("loss", "model.name"),
+            f"loss = {config.loss}: does not fit the {network.output.replace('_', '-')} of model.name="
+            f"{config.model.name}; use loss={' or loss='.join(fitting)}",
+        )
+    for argument in ("dropout", "dropout2d"):
+        if getattr(config.model, argument) is not None and argument not in network.arguments:
+            yield Problem(
+                (f"model.{argument}", "model.name"),
+                f"model.{argument} = {getattr(config.model, argument)}: {config.model.name} has none; accepted: null",
+            )
+    if info.image_size < network.min_image_size:
+        yield Problem(
+            ("data.image_size", "model.name", "data.dataset"),
+            f"data.image_size = {info.image_size}: too small for {config.model.name}; accepted: "
+            f">= {network.min_image_size}",
+        )
+    for key, values in (("data.mean", info.mean), ("data.std", info.std)):
+        if len(values) != info.channels:
+            yield Problem(
+                (key, "data.dataset"),
+                f"{key} = {list(values)}: accepted: {info.channels} number(s), one per channel of {info.name}",
+            )
+    total_steps = config.train.epochs * -(-info.train_size // config.data.global_batch_size)
+    if config.optim.warmup >= total_steps:
+        yield Problem(
+            ("optim.warmup", "train.epochs", "data.global_batch_size"),
+            f"optim.warmup = {config.optim.warmup}: as long as the training or longer; accepted: < {total_steps}, the "
+            "number of optimizer steps",
+        )
+    yield from _find_device_contradictions(config, launch)
+
+
+def _find_device_contradictions(config: Config, launch: Launch) -> Iterable[Problem]:
+    try:
+        device = choose_device(launch, config.train.device, config.train.backend)
+    except ValueError as error:
+        yield Problem(("train.device", "train.backend"), str(error))
+        return
+    if device.type == "cpu" and config.train.device == "auto":
+        for key, value in (("train.precision", "fp16"), ("train.backend", "nccl")):
+            if config.get(key) == value:
+                yield Problem((key, "train.device"), f"{key} = {value}: needs a GPU, and torch sees none here")
+
+
+def build_data(config: Config, rank: Rank) -> Dataset:
+    """Collective: every rank must call. Raises DataError on the rank that finds it, RemoteError on the others."""
+    info, root = dataset_info(config), Path(config.data.root)
+    stored = DATASETS.get(info.name, info)
+    rank.once_per_node(lambda: prepare_dataset(stored, root, download=config.data.download))
+    dataset = load_dataset(stored, root, image_size=config.data.image_size, seed=config.run.seed)
+    return replace(dataset, info=info)
+
+
+def build_network(config: Config, info: DatasetInfo) -> nn.Module:
+    """The same initial weights on every rank, by the seed."""
+    torch.manual_seed(stream_seed(config.run.seed, "weights"))
+    return build_model(config.model.name, info.channels, info.image_size, info.num_classes, network_arguments(config))
+
+
+def network_arguments(config: Config) -> dict[str, Any]:
+    """The arguments that were set; the network's own defaults hold for the others."""
+    chosen = {"dropout": config.model.dropout, "dropout2d": config.model.dropout2d}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def build_checkpoints(config: Config, folder: RunFolder) -> Checkpoints:
+    return Checkpoints(
+        folder.checkpoints,
+        keep=config.checkpoint.keep,
+        keep_best=config.checkpoint.keep_best,
+        higher_is_better=config.checkpoint.metric == "eval/accuracy",
+    )
+
+
+def build_schedule(config: Config, info: DatasetInfo) -> Schedule:
+    steps_per_epoch = -(-info.train_size // config.data.global_batch_size)
+    return Schedule(config.optim, steps_per_epoch, config.train.epochs * steps_per_epoch)
+
+
+def build_trainer(
+    config: Config, rank: Rank, dataset: Dataset, output: RunOutput, stop: StopRequest, run_id: str
+) -> Trainer:
+    """Collective: every rank must call (DDP sends rank 0's weights to all)."""
+    info, loss = dataset.info, LOSSES[config.loss]
+    precision = Precision(config.train.precision, rank.device)
+    network = build_network(config, info).to(rank.device, precision.weights_dtype)
+    if config.train.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(config.optim, network.parameters())
+    normalize = Normalize(info.mean, info.std, precision.weights_dtype).to(rank.device)
+    train_loader = _build_loader(
+        config,
+        dataset.train,
+        normalize,
+        GlobalOrderSampler(
+            len(dataset.train.labels),
+            global_batch_size=config.data.global_batch_size,
+            world_size=rank.world_size,
+            rank=rank.rank,
+            accumulate=config.train.accumulate,
+            seed=config.run.seed,
+        ),
+    )
+    eval_loader = _build_loader(
+        config,
+        dataset.evaluation,
+        normalize,
+        GlobalOrderSampler(
+            len(dataset.evaluation.labels),
+            global_batch_size=config.data.eval_batch_size * rank.world_size,
+            world_size=rank.world_size,
+            rank=rank.rank,
+            shuffle=False,
+        ),
+    )
+    return Trainer(
+        config=config,
+        rank=rank,
+        network=network,
+        step=EagerStep(
+            wrap(network, rank),
+            loss,
+            optimizer,
+            precision,
+            rank,
+            seed=config.run.seed,
+            clip_norm=config.train.clip_norm,
+        ),
+        optimizer=optimizer,
+        schedule=build_schedule(config, info),
+        precision=precision,
+        train_loader=train_loader,
+        evaluator=Evaluator(network, eval_loader, loss, precision, rank, info.num_classes),
+        output=output,
+        display=_build_display(config, rank, info),
+        stop=stop,
+        run_id=run_id,
+    )
+
+
+def wrap(network: nn.Module, rank: Rank) -> nn.Module:
+    """DistributedDataParallel where there is more than one rank."""
+    if rank.world_size == 1:
+        return network
+    devices = [rank.device] if rank.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def _build_loader(config: Config, images: ImageSet, normalize: Normalize, sampler: GlobalOrderSampler) -> Loader:
+    device = normalize.scale.device
+    if choose_placement(config.data.placement, images.images.nbytes, device) == "device":
+        return ResidentLoader(images.images, images.labels, sampler, normalize)
+    return StreamedLoader(images.images, images.labels, sampler, normalize, config.data.workers)
+
+
+def _build_display(config: Config, rank: Rank, info: DatasetInfo) -> Display:
+    if not rank.is_main:
+        return NoDisplay()
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        return BarDisplay(config.train.epochs, info.train_size)
+    return LineDisplay(config.train.epochs, build_schedule(config, info).total_steps)

@@ -1,0 +1,117 @@
+"""What a person sees of the training while it runs: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from pipeline.metrics import Evaluation
+
+logger = logging.getLogger("convoy")
+
+
+class Display(Protocol):
+    """Of every rank; only rank 0's shows anything."""
+
+    def begin_epoch(self, epoch: int, samples_seen: int) -> None: ...
+    def advance(self, count: int) -> None: ...
+    def record(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def end_epoch(self) -> None: ...
+    def evaluated(self, epoch: int, evaluation: Evaluation) -> None: ...
+
+
+class NoDisplay:
+    """Of all ranks but the first."""
+
+    def begin_epoch(self, epoch: int, samples_seen: int) -> None:
+        pass
+
+    def advance(self, count: int) -> None:
+        pass
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def end_epoch(self) -> None:
+        pass
+
+    def evaluated(self, epoch: int, evaluation: Evaluation) -> None:
+        pass
+
+
+class LineDisplay:
+    """A line per record, and one per evaluation."""
+
+    def __init__(self, num_epochs: int, total_steps: int):
+        self._num_epochs = num_epochs
+        self._total_steps = total_steps
+        self._epoch = 0
+
+    def begin_epoch(self, epoch: int, samples_seen: int) -> None:
+        self._epoch = epoch
+
+    def advance(self, count: int) -> None:
+        pass
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        logger.info(
+            "epoch %d/%d  step %d/%d  loss %.4f  accuracy %.2f%%  lr %.3g  %s images/s",
+            self._epoch + 1,
+            self._num_epochs,
+            step,
+            self._total_steps,
+            metrics["train/loss"],
+            100 * metrics["train/accuracy"],
+            metrics["train/lr"],
+            f"{metrics['perf/images_per_second']:,.0f}",
+        )
+
+    def end_epoch(self) -> None:
+        pass
+
+    def evaluated(self, epoch: int, evaluation: Evaluation) -> None:
+        logger.info("%s", _describe(epoch, self._num_epochs, evaluation))
+
+
+class BarDisplay:
+    """A bar per epoch that counts images, with loss, images/s and time left; evaluations remain as lines."""
+
+    def __init__(self, num_epochs: int, num_samples: int):
+        self._num_epochs = num_epochs
+        self._num_samples = num_samples
+        self._bar: tqdm[Any] | None = None
+
+    def begin_epoch(self, epoch: int, samples_seen: int) -> None:
+        self._bar = tqdm(
+            total=self._num_samples,
+            initial=samples_seen,
+            desc=f"epoch {epoch + 1}/{self._num_epochs}",
+            unit=" images",
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def advance(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", refresh=False)
+
+    def end_epoch(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def evaluated(self, epoch: int, evaluation: Evaluation) -> None:
+        tqdm.write(_describe(epoch, self._num_epochs, evaluation))
+
+
+def _describe(epoch: int, num_epochs: int, evaluation: Evaluation) -> str:
+    return (
+        f"epoch {epoch + 1}/{num_epochs}  test loss {evaluation.loss:.4f}  "
+        f"accuracy {evaluation.accuracy:.2%} ({evaluation.num_correct:,}/{evaluation.count:,})"
+    )

@@ -1,0 +1,70 @@
+"""One pass over the evaluation set in shards without padding, every sample counted once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.loading import Loader
+from pipeline.distributed import Rank
+from pipeline.losses import Loss
+from pipeline.metrics import Evaluation, EvaluationMeter
+from pipeline.precision import Precision
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of all evaluation samples in the order of the dataset, on the CPU."""
+
+    labels: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    """The share that softmax gives to the predicted class."""
+
+
+class Evaluator:
+    """Runs the unwrapped network: DDP's forward would synchronise buffers, and shards differ in length."""
+
+    def __init__(
+        self, network: nn.Module, loader: Loader, loss: Loss, precision: Precision, rank: Rank, num_classes: int
+    ):
+        self._network = network
+        self._loader = loader
+        self._loss = loss
+        self._precision = precision
+        self._rank = rank
+        self._num_classes = num_classes
+        self._shard: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @torch.inference_mode()
+    def evaluate(self) -> Evaluation:
+        """Collective: every rank must call. Ends with one reduction."""
+        meter = EvaluationMeter(self._num_classes, self._rank.device)
+        self._network.eval()
+        self._shard = []
+        for batch in self._loader:
+            for images, labels in batch.micro_batches:
+                if len(labels) == 0:
+                    continue
+                with self._precision.autocast():
+                    output = self._network(images)
+                    loss = self._loss.total(output, labels)
+                confidence, predicted = output.float().softmax(1).max(1)
+                meter.add(loss, labels, predicted)
+                self._shard.append((labels, predicted, confidence))
+        num_samples = self._loader.sampler.total_size
+        return meter.reduce(self._rank, num_samples, self._loss.per_sample(self._num_classes))
+
+    def predictions(self) -> Predictions:
+        """Collective: every rank must call. What the last evaluation predicted."""
+        columns = zip(*self._shard, strict=True)
+        shard = [torch.cat(column).cpu().numpy() for column in columns]
+        sampler = self._loader.sampler
+        indices = [i.numpy() for step in sampler.steps() for i in step.micro_batches]
+        order = torch.cat([torch.from_numpy(i) for rank in self._rank.gather(indices) for i in rank])
+        shards = [rank for rank in self._rank.gather(shard) if rank]
+        joined = (torch.cat([torch.from_numpy(rank[column]) for rank in shards]) for column in range(3))
+        back = order.argsort()
+        return Predictions(*(values[back] for values in joined))

@@ -1,0 +1,102 @@
+"""Train an image classifier on one process, or on every rank that torchrun starts.
+
+torchrun --nproc_per_node=4 train/main.py [--config PATH] [--dry-run] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):
+    # Started as a file: Python put train/ on the path, where its modules would shadow others of the same name.
+    sys.path[0] = str(ROOT)
+
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from pipeline.config import CommandLine, Config, ConfigError, Problem, load_config, parse_command_line
+from pipeline.data.datasets import DataError
+from pipeline.distributed import Launch, Rank, RemoteError, is_lost_connection, start_logging, start_rank
+from pipeline.preemption import StopRequest, listen_for_stop
+from pipeline.run_folder import RunError
+from train import build
+from train.launch import await_end, describe_plan
+from train.session import DIGITS_NOTE, Session, open_session
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 finished or stopped with its state saved, 2 wrong config. Other failures raise or give 1."""
+    launch = Launch.from_environment(os.environ)
+    logger = start_logging(launch.rank)
+    try:
+        command, config = read_config(argv, launch)
+    except ConfigError as error:
+        if launch.local_rank == 0:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        else:
+            await_end(launch)
+        return 2
+    if command.dry_run:
+        if launch.rank == 0:
+            print(describe_plan(config, launch, command.config_path.stem))
+        return 0
+    if config.data.dataset == "digits":
+        logger.info("%s", DIGITS_NOTE)
+    try:
+        run(config, command, launch)
+    except (DataError, RunError) as error:
+        logger.error("%s", error)
+        return 1
+    except Exception as error:
+        if not (isinstance(error, RemoteError) or is_lost_connection(error)):
+            raise
+        # A consequence. The rank with the cause ends first and shows it, then the launcher ends this one.
+        await_end(launch)
+        logger.warning("ended because another rank did: %s", error)
+        return 1
+    return 0
+
+
+def read_config(argv: Sequence[str] | None, launch: Launch) -> tuple[CommandLine, Config]:
+    command = parse_command_line(sys.argv[1:] if argv is None else argv, ROOT / "configs" / "default.yaml")
+
+    def check(config: Config) -> list[Problem]:
+        return list(build.find_contradictions(config, launch))
+
+    return command, load_config(command, [check])
+
+
+def run(config: Config, command: CommandLine, launch: Launch) -> None:
+    """Collective: every rank must call. Start the rank, train, leave the group, close."""
+    settings = config.train
+    with listen_for_stop() as stop:
+        with start_rank(
+            launch,
+            device=settings.device,
+            backend=settings.backend,
+            threads=settings.threads,
+            timeout=settings.hang_timeout,
+        ) as rank:
+            session = train(config, command, launch, rank, stop)
+        session.close()
+
+
+def train(config: Config, command: CommandLine, launch: Launch, rank: Rank, stop: StopRequest) -> Session:
+    """Collective: every rank must call."""
+    dataset = build.build_data(config, rank)
+    with open_session(config, command.config_path.stem, launch, rank, dataset, ROOT) as session:
+        if not session.start.is_finished:
+            trainer = build.build_trainer(config, rank, dataset, session.output, stop, session.start.run_id)
+            if session.start.checkpoint is not None:
+                trainer.load_state(session.start.checkpoint)
+            outcome = trainer.fit()
+            session.end(outcome, trainer)
+    return session
+
+
+if __name__ == "__main__":
+    sys.exit(main())

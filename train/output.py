@@ -1,0 +1,65 @@
+"""Where a run is written: rank 0 has the run folder, the other ranks have a null object, and the loop asks nobody."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.checkpoint import Checkpoints, TrainingState, save_atomically
+from pipeline.run_folder import RunFolder, State
+from pipeline.tracking.journal import Journal
+
+
+class RunOutput(Protocol):
+    """What a training gives away."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+    def save_checkpoint(self, state: TrainingState, value: float | None) -> None: ...
+    def save_best(self, model: Mapping[str, Any]) -> None: ...
+
+
+class NullOutput:
+    """Of all ranks but the first."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        pass
+
+    def save_checkpoint(self, state: TrainingState, value: float | None) -> None:
+        pass
+
+    def save_best(self, model: Mapping[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class FolderOutput:
+    """Of rank 0: the journal, the checkpoints and the status of one run folder."""
+
+    folder: RunFolder
+    journal: Journal
+    checkpoints: Checkpoints
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.journal.metrics(values, step)
+
+    def save_checkpoint(self, state: TrainingState, value: float | None) -> None:
+        self.checkpoints.save(state, value)
+        self.journal.sync()
+        self.folder.update_status(epoch=state.position.epoch, global_step=state.position.global_step)
+
+    def save_best(self, model: Mapping[str, Any]) -> None:
+        save_atomically(self.folder.model / "best.pt", dict(model))
+
+    def save_final(self, model: Mapping[str, Any]) -> dict[str, str]:
+        """Write model/final.pt; its path in the run folder and its SHA-256."""
+        path = self.folder.model / "final.pt"
+        save_atomically(path, dict(model))
+        return {"path": "model/final.pt", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+    def set_state(self, state: State) -> None:
+        """In status.json for people and scripts, in the journal for MLflow."""
+        self.folder.update_status(state=state)
+        self.journal.append("status", state=state)
+        self.journal.sync()

@@ -1,0 +1,104 @@
+"""What a finished training leaves: its weights, what it predicted, and a few last lines to read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.data.datasets import Dataset, DatasetInfo
+from pipeline.metrics import Evaluation
+from pipeline.run_folder import RunFolder
+from train.build import network_arguments
+from train.evaluation import Predictions
+from train.output import FolderOutput
+
+GRID = 40
+
+
+def write_results(
+    output: FolderOutput,
+    config: Config,
+    dataset: Dataset,
+    evaluation: Evaluation,
+    predictions: Predictions,
+    weights: dict[str, Tensor],
+    global_step: int,
+) -> None:
+    """Files in the run folder, and the records that let the publisher draw and package them."""
+    folder, info = output.folder, dataset.info
+    path = folder.path / "evaluation" / f"step-{global_step:08d}.npz"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".writing-{path.name}")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **_evaluation_arrays(dataset, evaluation, predictions))
+    temporary.replace(path)
+    output.journal.append(
+        "evaluation",
+        path=str(path.relative_to(folder.path)),
+        step=global_step,
+        class_names=info.class_names,
+        accuracy=evaluation.accuracy,
+        count=evaluation.count,
+        recall=dict(zip(info.class_names, _finite(evaluation.recall), strict=True)),
+    )
+    output.journal.append("model", **output.save_final(weights), **describe_network(config, info))
+
+
+def describe_network(config: Config, info: DatasetInfo) -> dict[str, Any]:
+    """All it takes to build the network again and to feed it."""
+    return {
+        "name": config.model.name,
+        "channels": info.channels,
+        "image_size": info.image_size,
+        "num_classes": info.num_classes,
+        "arguments": network_arguments(config),
+        "mean": info.mean,
+        "std": info.std,
+    }
+
+
+def _evaluation_arrays(dataset: Dataset, evaluation: Evaluation, predictions: Predictions) -> dict[str, Any]:
+    wrong = (predictions.predicted != predictions.labels).nonzero().flatten()
+    worst = wrong[predictions.confidence[wrong].argsort(descending=True)]
+    arrays = {"confusion": evaluation.confusion.numpy()}
+    for group, chosen in (("samples", torch.arange(min(GRID, evaluation.count))), ("wrong", worst[:GRID])):
+        arrays |= {
+            f"{group}_images": dataset.evaluation.images[chosen].numpy(),
+            f"{group}_labels": predictions.labels[chosen].numpy(),
+            f"{group}_predicted": predictions.predicted[chosen].numpy(),
+            f"{group}_confidence": predictions.confidence[chosen].numpy(),
+        }
+    return arrays
+
+
+def _finite(recall: Tensor) -> list[float | None]:
+    """JSON has no NaN: a class without samples has no recall."""
+    return [value if value == value else None for value in recall.tolist()]
+
+
+def describe_sample(info: DatasetInfo, predictions: Predictions) -> str:
+    names = info.class_names
+    truth, predicted = (names[int(t[0])] for t in (predictions.labels, predictions.predicted))
+    return f"test sample 0: predicted {predicted} ({float(predictions.confidence[0]):.1%} confident), truth {truth}"
+
+
+def describe_opening(folder: RunFolder, uri: str, *, published: bool) -> str:
+    """How to look at the run, or how to publish what is missing."""
+    sync = f"python -m pipeline sync {os.path.relpath(folder.path)}"
+    status = folder.status()
+    if not published:
+        return f"MLflow at {uri} has not everything yet; nothing is lost, publish the rest with: {sync}"
+    page = (
+        f"#/experiments/{status['mlflow_experiment_id']}/runs/{status['mlflow_run_id']}?workflowType=machine_learning"
+    )
+    if uri.startswith("http"):
+        return f"look at the run: {uri.rstrip('/')}/{page}"
+    is_default = uri == f"sqlite:///{Path('mlflow.db').absolute()}"  # what a bare `mlflow server` opens
+    store = "" if is_default else f" --backend-store-uri {uri}"
+    return f"look at the run: mlflow server{store}, then open http://127.0.0.1:5000/{page}"

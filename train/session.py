@@ -1,0 +1,249 @@
+"""One attempt at a run: take its folder, find where it stands, start the publisher, and leave all in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.checkpoint import TrainingState
+from pipeline.config import Config
+from pipeline.data.datasets import Dataset
+from pipeline.distributed import Launch, Rank
+from pipeline.provenance import collect_provenance
+from pipeline.run_folder import (
+    RunFolder,
+    changes,
+    check_resumable,
+    choose_run,
+    training_lock,
+    without_credentials,
+)
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.process import PublisherProcess
+from train.build import build_checkpoints, build_schedule
+from train.evaluation import Predictions
+from train.output import FolderOutput, NullOutput, RunOutput
+from train.results import describe_opening, describe_sample, write_results
+from train.trainer import Outcome, Trainer
+
+PREEMPTED_TIMEOUT = 10.0
+"""Seconds to wait for the publisher after a request to stop: who asked will not wait for tracking.close_timeout."""
+DIGITS_NOTE = "this is the embedded digits data (1,797 real 8x8 images); data.dataset=mnist trains on MNIST"
+logger = logging.getLogger("convoy")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where this attempt begins, as rank 0 tells it to all."""
+
+    run_id: str
+    checkpoint: TrainingState | None
+    """Where to go on; None to begin."""
+    is_finished: bool = False
+    """There is nothing left to train."""
+
+
+class Attempt:
+    """Rank 0's side: everything that touches the run folder."""
+
+    def __init__(self, config: Config, config_name: str, launch: Launch, rank: Rank, dataset: Dataset, root: Path):
+        self.config = config
+        self.config_name = config_name
+        self.launch = launch
+        self.rank = rank
+        self.dataset = dataset
+        self.root = root
+        self.uri = tracking_uri(config)
+        self.output: FolderOutput | None = None
+        self.publisher: PublisherProcess | None = None
+        self.last_lines: list[str] = []
+
+    def begin(self, stack: ExitStack) -> Start:
+        """Take the folder; `stack` holds its lock. Raises RunError if that is refused, before anything is written."""
+        folder = choose_run(self.config, self.config_name, os.environ, self.launch.run_id)
+        checkpoints = build_checkpoints(self.config, folder)
+        if folder.path.exists():
+            stack.enter_context(training_lock(folder))
+        state = checkpoints.load_latest()
+        check_resumable(folder, self.config, has_checkpoint=state is not None)
+        if not folder.path.exists():
+            folder.path.mkdir(parents=True)
+            stack.enter_context(training_lock(folder))
+        status = folder.status()
+        if status.get("state") == "finished" and status.get("epoch", 0) >= self.config.train.epochs:
+            logger.info(
+                "run %s is finished (%d epochs) and left as it is; raise train.epochs to go on, or choose another "
+                "run.name",
+                folder.name,
+                status["epoch"],
+            )
+            return Start("", None, is_finished=True)
+        journal = Journal(folder.journal)
+        self.output = FolderOutput(folder, journal, checkpoints)
+        run_id = self._record_beginning(folder, journal, state)
+        if self.config.tracking.enabled:
+            self.publisher = PublisherProcess(folder.path, self.uri)
+        return Start(run_id, state)
+
+    def _record_beginning(self, folder: RunFolder, journal: Journal, state: TrainingState | None) -> str:
+        assert self.output is not None
+        tags = self._tags()
+        run_id = journal.run_id
+        if run_id is None:
+            run_id = uuid.uuid4().hex
+            self._record_new_run(journal, run_id, tags)
+            logger.info("run %s: %s", folder.name, os.path.relpath(folder.path))
+        else:
+            changed = {key: now for key, _, now in changes(folder, self.config)}
+            number = journal.num_attempts
+            journal.append("tags", values={f"resume.{number}.{k}": str(v) for k, v in (tags | changed).items()})
+            step = state.position.global_step if state else 0
+            logger.info("run %s continues behind step %d: %s", folder.name, step, os.path.relpath(folder.path))
+        temporary = folder.config.with_name(".writing-config.yaml")
+        temporary.write_text(self.config.to_yaml())
+        temporary.replace(folder.config)
+        position = state.position if state else None
+        folder.update_status(
+            run_id=run_id,
+            launch_id=self.launch.run_id,
+            tracking_uri=without_credentials(self.uri),
+            epoch=position.epoch if position else 0,
+            global_step=position.global_step if position else 0,
+        )
+        self.output.set_state("running")
+        return run_id
+
+    def _record_new_run(self, journal: Journal, run_id: str, tags: dict[str, str]) -> None:
+        assert self.output is not None
+        info = self.dataset.info
+        journal.append(
+            "run",
+            run_id=run_id,
+            name=self.output.folder.name,
+            experiment=self.config.tracking.experiment,
+            tracking_uri=without_credentials(self.uri),
+        )
+        steps = build_schedule(self.config, info).steps_per_epoch
+        params = self.config.flat() | {"tracking.uri": without_credentials(self.uri), "steps_per_epoch": steps}
+        journal.append("params", values=params)
+        journal.append("tags", values=tags)
+        journal.append(
+            "dataset",
+            name=info.name,
+            digest=self.dataset.digest,
+            source=info.source,
+            num_train=info.train_size,
+            num_eval=info.eval_size,
+        )
+
+    def _tags(self) -> dict[str, str]:
+        rank = self.rank
+        return collect_provenance(os.environ, self.root) | {
+            "world_size": str(rank.world_size),
+            "backend": rank.backend,
+            "device": rank.device.type,
+            "threads_per_rank": str(rank.num_threads),
+            "config": self.config_name,
+        }
+
+    def finish(self, trainer: Trainer, predictions: Predictions) -> None:
+        assert self.output is not None
+        assert trainer.last_evaluation is not None
+        evaluation, step = trainer.last_evaluation, trainer.position.global_step
+        weights = trainer.network.state_dict()
+        write_results(self.output, self.config, self.dataset, evaluation, predictions, weights, step)
+        self.output.set_state("finished")
+        self.last_lines = [
+            f"finished: {evaluation.accuracy:.2%} of {evaluation.count:,} test images right",
+            describe_sample(self.dataset.info, predictions),
+        ]
+
+    def preempt(self, trainer: Trainer) -> None:
+        assert self.output is not None
+        self.output.set_state("preempted")
+        reason = f"on {trainer.stop.signal_name}" if trainer.stop else "as another rank was asked to"
+        step, name = trainer.position.global_step, self.output.folder.name
+        self.last_lines = [f"stopped {reason} behind step {step}, all saved; run.name={name} continues it"]
+
+    def fail(self) -> None:
+        if self.output is not None:
+            self.output.set_state("failed")
+
+    def close(self, outcome: Outcome | None) -> None:
+        """After the process group is left: wait for the publisher, and say the last lines."""
+        if self.output is None:
+            return
+        published = True
+        if self.publisher is not None:
+            timeout = self.config.tracking.close_timeout
+            if outcome == "preempted":
+                timeout = min(timeout, PREEMPTED_TIMEOUT)
+            published = self.publisher.wait(timeout)
+        folder, uri = self.output.folder, without_credentials(self.uri)
+        if self.publisher is None:
+            opening = f"tracking is off; publish the run with: python -m pipeline sync {os.path.relpath(folder.path)}"
+        else:
+            opening = describe_opening(folder, uri, published=published)
+        for line in (*self.last_lines, opening):
+            logger.info("%s", line)
+        if self.config.data.dataset == "digits":
+            logger.info("%s", DIGITS_NOTE)
+
+
+@dataclass
+class Session:
+    """This attempt as every rank sees it; only rank 0 has the `attempt` that writes."""
+
+    start: Start
+    attempt: Attempt | None
+    outcome: Outcome | None = None
+
+    @property
+    def output(self) -> RunOutput:
+        return self.attempt.output if self.attempt and self.attempt.output else NullOutput()
+
+    def end(self, outcome: Outcome, trainer: Trainer) -> None:
+        """Collective: every rank must call. Write what the training leaves."""
+        self.outcome = outcome
+        predictions = trainer.evaluator.predictions() if outcome == "finished" else None
+        if self.attempt is None:
+            return
+        if predictions is None:
+            self.attempt.preempt(trainer)
+        else:
+            self.attempt.finish(trainer, predictions)
+
+    def close(self) -> None:
+        """After the process group is left: wait for the publisher, and say the last lines."""
+        if self.attempt is not None:
+            self.attempt.close(self.outcome)
+
+
+@contextmanager
+def open_session(
+    config: Config, config_name: str, launch: Launch, rank: Rank, dataset: Dataset, root: Path
+) -> Iterator[Session]:
+    """Collective: every rank must call. A failure inside is recorded as the end of the run."""
+    with ExitStack() as stack:
+        attempt = Attempt(config, config_name, launch, rank, dataset, root) if rank.is_main else None
+        start = rank.from_main(lambda: attempt.begin(stack) if attempt else None)
+        assert start is not None
+        try:
+            yield Session(start, attempt)
+        except BaseException:
+            if attempt is not None:
+                attempt.fail()
+            raise
+
+
+def tracking_uri(config: Config) -> str:
+    """tracking.uri, else MLFLOW_TRACKING_URI, else the SQLite file that a bare `mlflow server` opens here."""
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    return uri

@@ -1,0 +1,180 @@
+"""The training: epochs of steps, evaluated, recorded and saved. Every rank runs the same prose."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from pipeline.checkpoint import Best, Position, TrainingState
+from pipeline.config import Config
+from pipeline.data.loading import Loader
+from pipeline.distributed import Rank
+from pipeline.metrics import Evaluation, TrainMeter
+from pipeline.optim import Schedule
+from pipeline.precision import Precision
+from pipeline.preemption import StopRequest
+from train.display import Display
+from train.evaluation import Evaluator
+from train.output import RunOutput
+from train.step import Step
+
+Outcome = Literal["finished", "preempted"]
+
+
+@dataclass
+class Clock:
+    """Seconds and samples of training proper, without evaluation and saves."""
+
+    seconds: float = 0.0
+    samples: int = 0
+    _started: float | None = None
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+        self._started = None
+
+    def read(self) -> float:
+        """Samples per second since the last reading, which is forgotten."""
+        self.stop()
+        rate = self.samples / self.seconds if self.seconds > 0 else 0.0
+        self.seconds, self.samples = 0.0, 0
+        self.start()
+        return rate
+
+
+@dataclass
+class Trainer:
+    """All parts are built outside and given in."""
+
+    config: Config
+    rank: Rank
+    network: nn.Module
+    """Unwrapped: what is evaluated and saved."""
+    step: Step
+    """Trains the same network, wrapped as it needs."""
+    optimizer: Optimizer
+    schedule: Schedule
+    precision: Precision
+    train_loader: Loader
+    evaluator: Evaluator
+    output: RunOutput
+    display: Display
+    stop: StopRequest
+    run_id: str
+    position: Position = field(default_factory=Position)
+    best: Best | None = None
+    last_evaluation: Evaluation | None = None
+    meter: TrainMeter = field(init=False)
+    _clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.meter = TrainMeter(self.rank.device)
+
+    def fit(self) -> Outcome:
+        """Collective: every rank must call. Train from `position` to the last epoch, or until asked to stop."""
+        while self.position.epoch < self.config.train.epochs:
+            if not self.train_epoch():
+                self.save()
+                return "preempted"
+            self.evaluate()
+            if self.position.epoch < self.config.train.epochs and self.rank.any(bool(self.stop)):
+                return "preempted"
+        if self.last_evaluation is None:  # resumed behind the last epoch: what follows needs one
+            self.last_evaluation = self.evaluator.evaluate()
+        return "finished"
+
+    def train_epoch(self) -> bool:
+        """Train what remains of the epoch; False if it was interrupted by a request to stop."""
+        epoch, samples_seen = self.position.epoch, self.position.samples_seen
+        started = time.perf_counter()
+        self.train_loader.sampler.set_position(epoch, samples_seen)
+        self.network.train()
+        self.display.begin_epoch(epoch, samples_seen)
+        self._clock.start()
+        stopping = False
+        for batch in self.train_loader:
+            lr = self.schedule.lr(self.position.global_step)
+            result = self.step(batch, lr=lr, global_step=self.position.global_step)
+            self.position = Position(epoch, batch.end, self.position.global_step + 1)
+            self.meter.add(result.loss_sum, result.num_correct, batch.global_count)
+            self._clock.samples += batch.global_count
+            self.display.advance(batch.global_count)
+            if self._is_due(self.config.train.log_every) or self.position.global_step == self.schedule.total_steps:
+                stopping = self.record(lr)
+            if stopping:
+                break
+            if self._is_due(self.config.checkpoint.every_steps):
+                self.save()
+        self._clock.stop()
+        self.display.end_epoch()
+        if samples_seen == 0 and not stopping:
+            self.output.metrics({"perf/epoch_seconds": time.perf_counter() - started}, self.position.global_step)
+        return not stopping
+
+    def record(self, lr: float) -> bool:
+        """Collective: every rank must call. Record the steps since the last record; whether all are to stop."""
+        metrics, stopping = self.meter.reduce(self.rank, bool(self.stop))
+        metrics |= {"train/lr": lr, "perf/images_per_second": self._clock.read()}
+        self.output.metrics(metrics, self.position.global_step)
+        self.display.record(self.position.global_step, metrics)
+        return stopping
+
+    def evaluate(self) -> None:
+        """Collective: every rank must call. Ends the epoch: evaluate, record, remember the best, save."""
+        evaluation = self.evaluator.evaluate()
+        self.last_evaluation = evaluation
+        values = {"eval/loss": evaluation.loss, "eval/accuracy": evaluation.accuracy}
+        self.output.metrics(values, self.position.global_step)
+        self.display.evaluated(self.position.epoch, evaluation)
+        value = values[self.config.checkpoint.metric]
+        if self.best is None or is_better(self.config.checkpoint.metric, value, self.best.value):
+            self.best = Best(value, self.position.global_step)
+            self.output.save_best(self.network.state_dict())
+        self.position = replace(self.position, epoch=self.position.epoch + 1, samples_seen=0)
+        self.save(value)
+
+    def save(self, value: float | None = None) -> None:
+        """Collective: every rank must call. `value` is the evaluation at this step, if there was one."""
+        self._clock.stop()
+        self.output.save_checkpoint(self.state(), value)
+        self._clock.start()
+
+    def state(self) -> TrainingState:
+        """Collective: every rank must call. All that `load_state` needs."""
+        return TrainingState(
+            position=self.position,
+            best=self.best,
+            run_id=self.run_id,
+            model=self.network.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.precision.state_dict(),
+            meter=self.meter.state(self.rank),
+        )
+
+    def load_state(self, state: TrainingState) -> None:
+        """Go on where `state` was taken, with the settings of now (say, another weight decay)."""
+        self.network.load_state_dict(state.model)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state.optimizer["state"], "param_groups": groups})
+        self.precision.load_state_dict(state.scaler)
+        self.meter.load_state(state.meter, self.rank)
+        self.position, self.best = state.position, state.best
+
+    def _is_due(self, every: int | None) -> bool:
+        """Every so many optimizer steps of the whole training, wherever it was resumed."""
+        return every is not None and self.position.global_step % every == 0
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """NaN is better than nothing, and nothing is worse than NaN."""
+    if than != than:
+        return value == value
+    return value < than if metric == "eval/loss" else value > than
