@@ -158,12 +158,18 @@ def choose_threads(launch: Launch, threads: int | None) -> int:
 
 @contextmanager
 def start_rank(
-    launch: Launch, *, device: str = "auto", backend: str = "auto", threads: int | None = None, timeout: float = 300.0
+    launch: Launch,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    threads: int | None = None,
+    timeout: float = 300.0,
+    rendezvous: str = "env://",
 ) -> Iterator[Rank]:
     """Take the device, join the process group, and leave it at the end.
 
-    `timeout` is in seconds, for every collective. After an exception the group is left alone: a collective on the
-    way out would turn a crash into a hang.
+    `timeout` is in seconds, for every collective; `rendezvous` is torch's init_method. After an exception the group
+    is left alone: a collective on the way out would turn a crash into a hang.
     """
     chosen = choose_device(launch, device, backend)
     if chosen.type == "cuda":
@@ -175,6 +181,9 @@ def start_rank(
     if launch.world_size > 1:
         dist.init_process_group(
             backend,
+            init_method=rendezvous,
+            rank=launch.rank,
+            world_size=launch.world_size,
             timeout=timedelta(seconds=timeout),
             device_id=chosen if backend == "nccl" else None,
         )

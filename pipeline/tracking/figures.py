@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -202,8 +203,10 @@ def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        # "tight" grows the page to hold what stands around the axes: labels, title, colour bar.
-        figure.savefig(temporary, format="png", backend="agg", bbox_inches="tight", pad_inches=0.15)
+        FigureCanvasAgg(figure)
+        # The page grows to hold what stands around the axes; bbox_inches="tight" would draw all twice for it.
+        page = figure.get_tightbbox().padded(0.15)
+        figure.savefig(temporary, format="png", bbox_inches=page)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -211,8 +214,8 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _literal(text: str, length: int = 500) -> str:
-    """Shorten, and escape the dollar: matplotlib would set what is between two as mathematics."""
-    return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
+    """Shorten in the middle, and escape the dollar: matplotlib would read mathematics between two."""
+    return (text if len(text) <= length else f"{text[: length - 6]}…{text[-5:]}").replace("$", r"\$")
 
 
 def _curve(points: Sequence[tuple[int, float]], steps_per_epoch: int) -> Curve:
@@ -252,7 +255,8 @@ def _draw_loss(ax: Axes, train: Curve, evaluated: Curve) -> None:
     wide = len(level) > 0 and 0 < 10 * level.min() < level.max()
     if wide:
         ax.set_yscale("log")
-        ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
+        steps = (1, 2, 5) if level.max() < 1e4 * level.min() else (1,)  # more labels would overlap
+        ax.yaxis.set(major_locator=LogLocator(subs=steps), minor_locator=NullLocator())
         ax.yaxis.set_major_formatter("{x:g}")
     _draw_splits(ax, "loss (log scale)" if wide else "loss", train, evaluated, "upper right")
 
@@ -262,11 +266,11 @@ def _draw_accuracy(ax: Axes, train: Curve, evaluated: Curve) -> None:
     if len(epochs):
         best = int(values.argmax())
         label = f"best eval {values[best]:.2f}% (epoch {float(epochs[best]):.4g})"
-        star = {"ms": 17.0, "mec": INK, "zorder": 3.0, "clip_on": False}
+        star: Any = {"ms": 17.0, "mec": INK, "zorder": 3.0, "clip_on": False}
         ax.plot(epochs[best], values[best], "*", color=ORANGE, label=label, **star)
     _draw_splits(ax, "accuracy (%)", train, (epochs, values), "lower right")
     if len(epochs) > 1:  # the steep start would leave no room for what comes after the first evaluation
-        low = min(values.min(), _smooth(train[1])[train[0] >= epochs[0]].min(initial=100.0))
+        low = min(values.min(), _smooth(train[1])[train[0] >= epochs[0]].min(initial=99.0))
         ax.set_ylim(low - 0.2 * (101 - low), 101)
 
 

@@ -171,7 +171,11 @@ class TestSynthetic:
     def test_training_images_do_not_depend_on_how_many_are_for_evaluation(self) -> None:
         other = self.load(info=replace(self.info, eval_size=7))
         assert torch.equal(other.train.images, self.load().train.images)
-        assert not torch.equal(other.evaluation.images, other.train.images[:7])
+
+    def test_evaluation_images_are_not_the_training_images(self) -> None:
+        made = self.load(info=replace(self.info, eval_size=self.info.train_size))
+        seen = {image.numpy().tobytes() for image in made.train.images}
+        assert not any(image.numpy().tobytes() in seen for image in made.evaluation.images)
 
     def test_evaluation_is_classified_by_the_class_means_of_training(self) -> None:
         made = self.load()
@@ -230,7 +234,7 @@ class TestReading:
         for size in (3, 9):
             whole = tiny.load(image_size=size)
             with monkeypatch.context() as patch:
-                patch.setattr(datasets, "_RESIZE_CHUNK_PIXELS", 3 * 81)
+                patch.setattr(datasets, "_RESIZE_CHUNK_PIXELS", 81)
                 chunked = tiny.load(image_size=size)
             assert whole.train.images.shape == (20, 1, size, size)
             assert whole.train.images.dtype == torch.uint8
@@ -314,8 +318,9 @@ class TestDamage:
         tiny.write(packed=True)
         path = tiny.folder / f"{IMAGES}.gz"
         whole = path.read_bytes()
-        # Cut short, not gzip at all, a wrong CRC, packed data damaged.
-        for content in (whole[:-9], b"", b"nonsense", flip(whole, len(whole) - 6), flip(whole, 40, 0xFF)):
+        reserved_block_type = whole[:10] + b"\x07" + whole[11:]
+        wrong_crc = flip(whole, len(whole) - 6)
+        for content in (whole[:-9], b"", b"nonsense", reserved_block_type, wrong_crc):
             path.write_bytes(content)
             for function in (tiny.prepare, tiny.load):
                 assert str(path) in tiny.refusal(function)

@@ -1,0 +1,43 @@
+"""What all tests share: one thread, no launcher's environment, and no silent skips where everything must run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Forked ranks with more threads hang if their parent ever used more than one.
+torch.set_num_threads(1)
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where nothing was set up; a test that wants more sets it."""
+    for name in list(os.environ):
+        if name in LAUNCHER_VARIABLES or name.startswith(("SLURM_", "MLFLOW_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """A folder with MNIST/raw, from CONVOY_MNIST_ROOT."""
+    root = os.environ.get("CONVOY_MNIST_ROOT")
+    if not root:
+        pytest.skip("CONVOY_MNIST_ROOT is not set to a folder that holds MNIST/raw")
+    return Path(root)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """With CONVOY_REQUIRE_ALL=1 a skipped test is a failure: only what needs a GPU may be missing."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.skipped and os.environ.get("CONVOY_REQUIRE_ALL") == "1" and item.get_closest_marker("gpu") is None:
+        report.outcome = "failed"
+        report.longrepr = f"skipped where every test must run: {call.excinfo and call.excinfo.value}"

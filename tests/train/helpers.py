@@ -1,0 +1,72 @@
+"""Trainings for tests: built as the program builds them, without a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint import TrainingState
+from pipeline.config import CommandLine, Config, load_config
+from pipeline.data.datasets import Dataset, ImageSet
+from pipeline.distributed import Rank
+from pipeline.preemption import StopRequest
+from train.build import build_data, build_trainer
+from train.trainer import Trainer
+
+DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
+
+
+class Recorder:
+    """A RunOutput that keeps in memory what a run folder would get."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[str, int, float]] = []
+        self.states: list[TrainingState] = []
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self.points += [(key, step, value) for key, value in values.items()]
+
+    def save_checkpoint(self, state: TrainingState, value: float | None) -> None:
+        self.states.append(state)
+
+    def save_best(self, model: Mapping[str, Any]) -> None:
+        pass
+
+    def history(self, key: str) -> list[float]:
+        return [value for name, _, value in self.points if name == key]
+
+
+def config_of(*settings: str) -> Config:
+    return load_config(CommandLine(DEFAULT, settings, dry_run=False))
+
+
+def make_trainer(rank: Rank, config: Config, num_train: int | None = None) -> tuple[Trainer, Recorder]:
+    """A trainer on the config's dataset, cut to its first `num_train` samples."""
+    dataset = build_data(config, rank)
+    if num_train is not None:
+        dataset = cut(dataset, num_train)
+    recorder = Recorder()
+    return build_trainer(config, rank, dataset, recorder, StopRequest(), "test"), recorder
+
+
+def cut(dataset: Dataset, num_train: int) -> Dataset:
+    train = ImageSet(dataset.train.images[:num_train], dataset.train.labels[:num_train])
+    return replace(dataset, info=replace(dataset.info, train_size=num_train), train=train)
+
+
+def flat_weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
+
+
+def losses(rank: Rank, steps: int, settings: Sequence[str]) -> list[float]:
+    """The loss of each of the first `steps` global batches."""
+    trainer, recorder = make_trainer(rank, config_of("train.log_every=1", *settings))
+    trainer.schedule = replace(trainer.schedule, total_steps=steps)
+    while trainer.position.global_step < steps:
+        trainer.train_epoch()
+        trainer.position = replace(trainer.position, epoch=trainer.position.epoch + 1, samples_seen=0)
+    return recorder.history("train/loss")[:steps]

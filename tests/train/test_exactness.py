@@ -1,0 +1,148 @@
+"""What makes the number of ranks a matter of speed only: the same batches, losses and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline.distributed import Rank
+from tests.ranks import run_ranks
+from tests.train.helpers import config_of, flat_weights, losses, make_trainer
+
+NO_DROPOUT = ("model.dropout=0", "model.dropout2d=0")
+
+
+def test_recorded_indices_of_the_global_batches_are_the_same_on_real_ranks() -> None:
+    reference = run_ranks(1, _recorded_batches)[0]
+    assert len(reference) == 45
+    assert sorted(i for batch in reference for i in batch) == list(range(1437))
+    for world_size in (2, 3, 4):
+        per_rank = run_ranks(world_size, _recorded_batches)
+        joined = [sum(parts, []) for parts in zip(*per_rank, strict=True)]
+        assert joined == reference
+
+
+def _recorded_batches(rank: Rank) -> list[list[int]]:
+    """The indices of the samples a rank's loader gives, told by labels that are the indices."""
+    trainer, _ = make_trainer(rank, config_of())
+    trainer.train_loader._pixels.labels.copy_(torch.arange(1437))  # type: ignore[attr-defined]
+    return [sum((labels.tolist() for _, labels in batch.micro_batches), []) for batch in trainer.train_loader]
+
+
+def test_losses_of_the_first_10_steps_in_float32_differ_by_less_than_1e_6_between_numbers_of_ranks() -> None:
+    _assert_same_losses(10, 1e-6, "train.precision=fp32")
+
+
+def test_losses_of_100_steps_in_float64_differ_by_less_than_1e_9_between_numbers_of_ranks() -> None:
+    _assert_same_losses(100, 1e-9, "train.precision=fp64")
+
+
+def _assert_same_losses(steps: int, bound: float, precision: str) -> None:
+    settings = (*NO_DROPOUT, precision)
+    reference = torch.tensor(run_ranks(1, losses, steps, settings)[0], dtype=torch.float64)
+    assert len(reference) == steps
+    assert reference[-1] < 0.8 * reference[0]  # it learns, so the comparison is not one of constants
+    for world_size in (2, 3, 4):
+        others = run_ranks(world_size, losses, steps, settings)
+        assert all(other == others[0] for other in others)
+        assert (torch.tensor(others[0], dtype=torch.float64) - reference).abs().max() < bound
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_samples", "accumulate", "case"),
+    [
+        (2, 8, 1, "an even split"),
+        (3, 10, 1, "an uneven split"),
+        (4, 3, 1, "a short batch that leaves a rank without samples"),
+        (2, 9, 2, "accumulation over uneven micro-batches"),
+        (4, 5, 3, "accumulation in which some micro-batches are empty"),
+        (1, 7, 3, "accumulation in one process"),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else str(value),
+)
+@pytest.mark.parametrize("loss", ["nll", "mse"])
+def test_the_gradient_is_that_of_one_process_on_the_joined_batch(
+    world_size: int, num_samples: int, accumulate: int, case: str, loss: str
+) -> None:
+    results = run_ranks(world_size, _gradient, num_samples, accumulate, loss)
+    gradient, reference = results[0]
+    assert reference.abs().max() > 1e-3
+    torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
+    assert all(torch.equal(gradient, other) for other, _ in results)
+
+
+def _gradient(rank: Rank, num_samples: int, accumulate: int, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one step over `num_samples`, seen as the change of the weights under plain SGD with lr 1; and by hand."""
+    model = NO_DROPOUT if loss == "nll" else ("model.name=lenet_5x5", "data.image_size=32", "loss=mse")
+    settings = ("train.precision=fp64", "optim.name=sgd", "optim.lr=1", "optim.schedule=constant")
+    batching = ("data.global_batch_size=16", f"train.accumulate={accumulate}")
+    trainer, _ = make_trainer(rank, config_of(*model, *settings, *batching), num_samples)
+    network, pixels = trainer.network, trainer.train_loader._pixels  # type: ignore[attr-defined]
+    before = flat_weights(trainer).clone()
+    output = network(trainer.train_loader._normalize(pixels.images))  # type: ignore[attr-defined]
+    if loss == "nll":
+        value = F.nll_loss(output, pixels.labels)
+    else:
+        value = F.mse_loss(output, F.one_hot(pixels.labels, 10).double())
+    reference = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(network.parameters()))])
+    (batch,) = list(trainer.train_loader)
+    assert batch.global_count == num_samples
+    trainer.step(batch, lr=1.0, global_step=0)
+    return before - flat_weights(trainer), reference
+
+
+def test_clipping_bounds_the_norm_of_the_whole_gradient_on_every_number_of_ranks() -> None:
+    for world_size in (1, 2):
+        for change in run_ranks(world_size, _clipped_change):
+            assert change == pytest.approx(0.01, rel=1e-4)
+
+
+def _clipped_change(rank: Rank) -> float:
+    config = config_of("train.clip_norm=0.01", "optim.name=sgd", "optim.lr=1", "optim.schedule=constant")
+    trainer, _ = make_trainer(rank, config, 32)
+    before = flat_weights(trainer).clone()
+    for batch in trainer.train_loader:
+        trainer.step(batch, lr=1.0, global_step=0)
+    return float((flat_weights(trainer) - before).norm())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_evaluation_counts_every_sample_once_and_agrees_on_every_number_of_ranks(world_size: int) -> None:
+    reference = run_ranks(1, _evaluated, 500)[0]
+    for result in run_ranks(world_size, _evaluated, 7):
+        assert result[0] == reference[0]
+        assert result[1] == pytest.approx(reference[1], rel=1e-6)
+        assert result[2] == reference[2]
+
+
+def _evaluated(rank: Rank, eval_batch_size: int) -> tuple[list[list[int]], float, list[int]]:
+    trainer, _ = make_trainer(rank, config_of(f"data.eval_batch_size={eval_batch_size}"))
+    evaluation = trainer.evaluator.evaluate()
+    assert evaluation.count == 360
+    predictions = trainer.evaluator.predictions()
+    assert torch.equal(predictions.labels, trainer.evaluator._loader._pixels.labels)  # type: ignore[attr-defined]
+    assert int((predictions.labels == predictions.predicted).sum()) == evaluation.num_correct
+    return evaluation.confusion.tolist(), evaluation.loss, predictions.predicted.tolist()
+
+
+def test_bf16_on_cpu_trains() -> None:
+    values = run_ranks(2, losses, 30, ("train.precision=bf16",))[0]
+    assert values[-1] < 0.7 * values[0]
+
+
+def test_streamed_data_train_to_the_same_weights_as_resident_data() -> None:
+    weights = [
+        run_ranks(2, _weights_after, (f"data.placement={placement}", "data.workers=1"))[0]
+        for placement in ("device", "workers")
+    ]
+    assert torch.equal(*weights)
+
+
+def _weights_after(rank: Rank, settings: tuple[str, ...]) -> torch.Tensor:
+    trainer, _ = make_trainer(rank, config_of(*settings), 200)
+    trainer.schedule = replace(trainer.schedule, total_steps=7)
+    trainer.train_epoch()
+    return flat_weights(trainer)
