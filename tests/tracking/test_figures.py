@@ -129,9 +129,7 @@ def test_values_that_are_not_finite_change_nothing(tmp_path: Path, usual_curves:
     assert np.array_equal(pixels(path), usual_curves)
 
 
-def test_steps_repeated_after_a_resume_count_with_their_last_value(
-    tmp_path: Path, usual_curves: Array
-) -> None:
+def test_steps_repeated_after_a_resume_count_with_their_last_value(tmp_path: Path, usual_curves: Array) -> None:
     some = {key: [(step, 77.0) for step, _ in points[:9]] + points for key, points in history().items()}
     path = draw_learning_curves(some, tmp_path / "curves.png", title="a run", steps_per_epoch=20)
     assert np.array_equal(pixels(path), usual_curves)
@@ -269,9 +267,7 @@ def test_three_channels_are_drawn_in_colour_and_other_numbers_by_their_first(tmp
         (2, np.array([0, 1, -1, 2]), "class index: given -1, accepted 0 to 9"),
     ],
 )
-def test_wrong_predictions_input_is_refused_by_its_shape(
-    tmp_path: Path, at: int, value: Array, message: str
-) -> None:
+def test_wrong_predictions_input_is_refused_by_its_shape(tmp_path: Path, at: int, value: Array, message: str) -> None:
     given = (value if place == at else right for place, right in enumerate(predictions(4)))
     images, labels, predicted, confidence = given
     with pytest.raises(ValueError, match=message):
@@ -349,9 +345,7 @@ def record_figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 @each_figure
-def test_an_older_file_is_replaced_and_nothing_else_is_left(
-    tmp_path: Path, draw: Callable[[Path, str], Path]
-) -> None:
+def test_an_older_file_is_replaced_and_nothing_else_is_left(tmp_path: Path, draw: Callable[[Path, str], Path]) -> None:
     path = tmp_path / "new folder" / "figure.png"
     draw(path, "first")
     older = path.read_bytes()
@@ -380,9 +374,7 @@ def test_a_drawing_that_fails_leaves_the_older_file_as_it_was(
 
 
 @each_figure
-def test_a_title_of_dollars_or_of_great_length_is_text(
-    tmp_path: Path, draw: Callable[[Path, str], Path]
-) -> None:
+def test_a_title_of_dollars_or_of_great_length_is_text(tmp_path: Path, draw: Callable[[Path, str], Path]) -> None:
     pixels(draw(tmp_path / "figure.png", r"run $\nonsense$ for 5$ " + "a-very-long-run-name " * 6))
 
 

@@ -1,0 +1,89 @@
+"""The doors of the house: who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([*(ROOT / "train").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
+LEAVES = {"pipeline.config", "pipeline.distributed", "pipeline.seeding", "pipeline.run_folder"}
+"""What any room of the pipeline may import. run_folder itself imports config, and nothing else of ours."""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str:
+    """A module of the pipeline, or the package it belongs to."""
+    return ".".join(module.split(".")[:2])
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: imports are absolute"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.split(".")[0] in ("train", "pipeline")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_doors(path: Path) -> None:
+    module = module_name(path)
+    if module.startswith("train"):
+        assert not any(name.startswith(("pipeline.commands", "pipeline.tracking.publisher")) for name in ours(path))
+        return
+    assert not any(name.split(".")[0] == "train" for name in imports(path)), "pipeline never imports train"
+    if room(module) in ("pipeline.commands", "pipeline.__main__"):
+        return  # they put the other rooms together
+    allowed = {room(module), "pipeline"} | (LEAVES if module not in LEAVES - {"pipeline.run_folder"} else set())
+    assert {room(name) for name in ours(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_distributed_reads_the_launchers_variables_and_tracking_knows_no_ranks(path: Path) -> None:
+    module, text = module_name(path), path.read_text()
+    if module != "pipeline.distributed":
+        assert not any(f'"{name}"' in text for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if module.startswith("pipeline.tracking"):
+        assert "torch.distributed" not in text
+        assert not any(name.startswith("torch") for name in imports(path))
+    if not module.startswith("pipeline.tracking"):
+        assert not any(name.split(".")[0] == "mlflow" for name in imports(path))
+
+
+def test_no_file_in_train_has_the_name_of_a_module_that_others_import() -> None:
+    names = {path.stem for path in (ROOT / "train").glob("*.py")} - {"__init__", "main"}
+    assert not names & (set(sys.stdlib_module_names) | {"torch", "mlflow", "yaml", "pydantic", "numpy", "tqdm"})
+
+
+def test_the_training_process_never_loads_mlflow_and_needs_torchvision_only_to_download() -> None:
+    """As a fresh interpreter has it after importing the program and running it on digits."""
+    code = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from train.main import main\n"
+        "settings = ['train.epochs=1', 'tracking.enabled=false', 'data.dataset=synthetic', "
+        "'data.synthetic_train_size=64', 'data.synthetic_eval_size=32']\n"
+        "assert main(settings) == 0\n"
+        "loaded = {name for name in ('mlflow', 'torchvision', 'sklearn', 'matplotlib') if name in sys.modules}\n"
+        "assert not loaded, loaded\n"
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

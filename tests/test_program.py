@@ -1,0 +1,280 @@
+"""The program as its users start it: torchrun, a run folder, MLflow, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.servers import mlflow_server
+
+ROOT = Path(__file__).parents[1]
+MAIN = ROOT / "train" / "main.py"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+TINY = ("data.dataset=synthetic", "data.image_size=12", "data.synthetic_train_size=640", "data.synthetic_eval_size=64")
+
+
+def torchrun(folder: Path, *arguments: str, ranks: int = 2, script: Path = MAIN) -> subprocess.CompletedProcess[str]:
+    command = [*TORCHRUN, f"--nproc_per_node={ranks}", str(script), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+def main(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(MAIN), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+def journal(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The main job, run once for all tests that look at what it leaves."""
+
+    folder: Path
+    run: Path
+    lines: list[str]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    folder = tmp_path_factory.mktemp("digits")
+    done = torchrun(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (folder / "runs").iterdir()
+    return Digits(folder, run, done.stdout.splitlines())
+
+
+def client(folder: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def mlflow_runs(folder: Path) -> list[Any]:
+    store = client(folder)
+    return list(store.search_runs([store.get_experiment_by_name("convoy").experiment_id]))
+
+
+def test_the_main_job_recognises_97_percent_of_the_digits(digits: Digits) -> None:
+    accuracies = [r["value"] for r in journal(digits.run) if r.get("key") == "eval/accuracy"]
+    assert len(accuracies) == 20
+    assert accuracies[-1] >= 0.97
+
+
+def test_its_first_and_last_lines_say_what_was_trained_on_and_how_to_look_at_it(digits: Digits) -> None:
+    assert "embedded digits" in digits.lines[0]
+    assert "embedded digits" in digits.lines[-1]
+    assert "data.dataset=mnist" in digits.lines[-1]
+    assert re.search(r"predicted \d \(.*%.*\), truth \d", digits.lines[-3])
+    (run,) = mlflow_runs(digits.folder)
+    assert "mlflow server" in digits.lines[-2]
+    assert f"/runs/{run.info.run_id}" in digits.lines[-2]
+
+
+def test_it_leaves_one_finished_run_with_params_tags_and_dataset(digits: Digits) -> None:
+    (run,) = mlflow_runs(digits.folder)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == digits.run.name
+    config = yaml.safe_load((digits.run / "config.yaml").read_text())
+    assert run.data.params["optim.lr"] == str(config["optim"]["lr"]) == "1.0"
+    assert run.data.params["data.global_batch_size"] == "32"
+    assert {"host", "torch", "mlflow.source.git.commit", "git.dirty"} <= run.data.tags.keys()
+    assert (run.data.tags["world_size"], run.data.tags["backend"], run.data.tags["device"]) == ("2", "gloo", "cpu")
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.name == "digits"
+
+
+def test_its_curves_in_mlflow_are_those_of_the_journal(digits: Digits) -> None:
+    recorded: dict[str, list[tuple[int, float]]] = {}
+    for record in journal(digits.run):
+        if record["kind"] == "metric":
+            recorded.setdefault(record["key"], []).append((record["step"], record["value"]))
+    assert set(recorded) == {
+        *("train/loss", "train/accuracy", "train/lr", "eval/loss", "eval/accuracy"),
+        *("perf/images_per_second", "perf/epoch_seconds"),
+    }
+    (run,) = mlflow_runs(digits.folder)
+    for key, points in recorded.items():
+        published = client(digits.folder).get_metric_history(run.info.run_id, key)
+        assert sorted((p.step, p.value) for p in published) == sorted(points)
+
+
+def test_it_leaves_figures(digits: Digits) -> None:
+    (run,) = mlflow_runs(digits.folder)
+    published = {artifact.path for artifact in client(digits.folder).list_artifacts(run.info.run_id, "figures")}
+    names = ("learning_curves", "confusion_matrix", "samples", "wrong", "filters")
+    assert published == {f"figures/{name}.png" for name in names}
+    for name in names:
+        assert (digits.run / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_its_model_loads_without_unpickling_and_answers_as_it_was_evaluated(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.pytorch
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    mlflow.set_tracking_uri(f"sqlite:///{digits.folder / 'mlflow.db'}")
+    (run,) = mlflow_runs(digits.folder)
+    (logged,) = client(digits.folder).search_logged_models([run.info.experiment_id])
+    assert logged.source_run_id == run.info.run_id
+    model = mlflow.pytorch.load_model(f"models:/{logged.model_id}")
+    (path,) = (digits.run / "evaluation").iterdir()
+    with np.load(path) as evaluation:
+        output = model(torch.from_numpy(evaluation["samples_images"]).float())
+        assert output.argmax(1).tolist() == evaluation["samples_predicted"].tolist()
+        torch.testing.assert_close(output.exp().amax(1), torch.from_numpy(evaluation["samples_confidence"]))
+
+
+def test_its_weights_load_without_code_and_have_unwrapped_names(digits: Digits) -> None:
+    for name in ("final.pt", "best.pt"):
+        weights = torch.load(digits.run / "model" / name, weights_only=True)
+        assert list(weights)[:2] == ["conv1.weight", "conv1.bias"]
+
+
+def test_a_bare_mlflow_server_in_that_folder_shows_it(digits: Digits) -> None:
+    with mlflow_server(digits.folder) as url:
+        request = urllib.request.Request(
+            f"{url}/api/2.0/mlflow/runs/search",
+            data=json.dumps({"experiment_ids": ["1"]}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            (run,) = json.loads(answer.read())["runs"]
+        assert run["info"]["status"] == "FINISHED"
+        run_id = run["info"]["run_id"]
+        figure = f"{url}/get-artifact?path=figures/learning_curves.png&run_uuid={run_id}"
+        with urllib.request.urlopen(figure, timeout=30) as answer:
+            assert answer.read() == (digits.run / "figures" / "learning_curves.png").read_bytes()
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            assert b"<html" in answer.read()
+
+
+def test_mnist_trains_from_files_at_hand(mnist_root: Path, tmp_path: Path) -> None:
+    """The whole path on real MNIST; the accuracy of the full recipe stands in its header."""
+    settings = ("data.dataset=mnist", f"data.root={mnist_root}", "train.epochs=1", "tracking.enabled=false")
+    done = torchrun(tmp_path, *settings, "data.global_batch_size=512", "run.name=mnist")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "digits" not in done.stdout
+    points = {r["key"]: r["value"] for r in journal(tmp_path / "runs" / "mnist") if r["kind"] == "metric"}
+    assert points["eval/accuracy"] > 0.95
+
+
+def test_a_training_stopped_by_a_signal_goes_on_in_the_same_mlflow_run(tmp_path: Path) -> None:
+    settings = (*TINY, "train.epochs=12", "run.name=stopped")
+    command = [*TORCHRUN, "--nproc_per_node=2", str(MAIN), *settings]
+    run = tmp_path / "runs" / "stopped"
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        _wait_for(lambda: run.is_dir() and any((run / "checkpoints").glob("step-*")))
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "preempted", output
+    assert 0 < status["global_step"] < 240
+    assert "run.name=stopped continues it" in output
+    assert [r.info.status for r in mlflow_runs(tmp_path)] == ["KILLED"]
+    done = torchrun(tmp_path, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"continues behind step {status['global_step']}" in done.stdout
+    (resumed,) = mlflow_runs(tmp_path)
+    assert resumed.info.status == "FINISHED"
+    points = client(tmp_path).get_metric_history(resumed.info.run_id, "train/loss")
+    assert sorted(point.step for point in points) == list(range(10, 241, 10))
+
+
+def _wait_for(condition: Any, timeout: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "what was waited for did not happen"
+        time.sleep(0.05)
+
+
+def test_a_wrong_config_ends_with_2_and_under_torchrun_its_message_comes_once(tmp_path: Path) -> None:
+    alone = main(tmp_path, "train.epoch=3")
+    assert alone.returncode == 2
+    assert "did you mean train.epochs?" in alone.stderr
+    assert "Traceback" not in alone.stderr
+    many = torchrun(tmp_path, "train.epoch=3", ranks=4)
+    assert many.returncode == 1
+    assert (many.stdout + many.stderr).count("did you mean train.epochs?") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_that_cannot_be_had_is_said_once_and_leaves_nothing(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "data.dataset=mnist", "data.download=false", "run.name=none")
+    assert done.returncode == 1
+    output = done.stdout + done.stderr
+    assert output.count("train-images-idx3-ubyte") == 1
+    assert "data/MNIST/raw" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_exception_on_one_rank_ends_all_and_is_what_the_user_reads(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(
+        f"import os, sys\nsys.path[0] = {str(ROOT)!r}\n"
+        "from train.main import main\nfrom train.step import EagerStep\n"
+        "step = EagerStep.__call__\n"
+        "def fail(self, batch, *, lr, global_step):\n"
+        "    if os.environ['RANK'] == '1' and global_step == 15:\n"
+        "        raise ArithmeticError('the cause')\n"
+        "    return step(self, batch, lr=lr, global_step=global_step)\n"
+        "EagerStep.__call__ = fail\n"
+        "sys.exit(main())\n"
+    )
+    started = time.monotonic()
+    done = torchrun(tmp_path, *TINY, "run.name=failing", "train.hang_timeout=100", ranks=3, script=script)
+    assert time.monotonic() - started < 60, "the others waited for a time-out"
+    assert done.returncode == 1
+    assert "ArithmeticError: the cause" in done.stderr
+    root_cause = done.stderr[done.stderr.index("Root Cause") :]
+    assert "ArithmeticError: the cause" in root_cause
+    assert json.loads((tmp_path / "runs" / "failing" / "status.json").read_text())["state"] == "failed"
+    # the publisher outlives the training for a moment; only then may the store be opened from here
+    _wait_for(lambda: '"state": "failed"' in (tmp_path / "runs" / "failing" / "published.json").read_text())
+    assert [run.info.status for run in mlflow_runs(tmp_path)] == ["FAILED"]
+
+
+def test_a_folder_whose_training_is_alive_is_refused_with_its_holder_named(tmp_path: Path) -> None:
+    settings = (*TINY, "train.epochs=200", "run.name=busy", "tracking.enabled=false")
+    command = [sys.executable, str(MAIN), *settings]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        _wait_for(lambda: (tmp_path / "runs" / "busy" / "journal.jsonl").exists())
+        second = main(tmp_path, *settings)
+        process.kill()
+    assert second.returncode == 1
+    assert f"being trained right now by process {process.pid} on {os.uname().nodename}" in second.stdout
+    assert "Traceback" not in second.stdout + second.stderr
+
+
+def test_without_tracking_the_journal_has_everything_and_sync_publishes_it(tmp_path: Path) -> None:
+    done = main(tmp_path, *TINY, "train.epochs=2", "run.name=quiet", "tracking.enabled=false")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "mlflow.db").exists()
+    assert "python -m pipeline sync runs/quiet" in done.stdout
+    sync = [sys.executable, "-m", "pipeline", "sync", "runs/quiet"]
+    for _ in range(2):
+        synced = subprocess.run(
+            sync, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+        )
+        assert synced.returncode == 0, synced.stderr
+    (run,) = mlflow_runs(tmp_path)
+    assert run.info.status == "FINISHED"
+    assert len(client(tmp_path).get_metric_history(run.info.run_id, "train/loss")) == 4
