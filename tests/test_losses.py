@@ -49,7 +49,9 @@ def random_batch(num_samples: int = 12, num_classes: int = 5) -> tuple[Tensor, T
         ("mse", lambda scores, labels: F.mse_loss(scores, torch.eye(5, dtype=torch.float64)[labels])),
     ],
 )
-def test_divided_by_what_the_samples_count_for_it_is_torchs_mean(name: str, mean: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_divided_by_what_the_samples_count_for_it_is_torchs_mean(
+    name: str, mean: Callable[[Tensor, Tensor], Tensor]
+) -> None:
     scores, labels = random_batch()
     loss = LOSSES[name]
     expected = mean(scores, labels)

@@ -46,7 +46,8 @@ def test_a_record_of_nothing_is_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("votes", "decision"), [((), False), ((False,), False), ((True,), True), ((False, True), True), ((False,) * 3, False)]
+    ("votes", "decision"),
+    [((), False), ((False,), False), ((True,), True), ((False, True), True), ((False,) * 3, False)],
 )
 def test_any_vote_decides(votes: tuple[bool, ...], decision: bool) -> None:
     meter = TrainMeter(CPU)

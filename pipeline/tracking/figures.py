@@ -123,9 +123,10 @@ def draw_predictions(
     into `class_names`), `confidence` float [N] (0 to 1). A wrong prediction has a thick frame, a cross and
     its truth. Raises ValueError for another shape, images not uint8, or an index without a name.
     """
-    count, shape = len(images), images.shape
-    fits = len(shape) == 4 and count <= MAX_PREDICTIONS and min(shape[1:]) > 0 and images.dtype == np.uint8
+    shape = images.shape
+    fits = len(shape) == 4 and shape[0] <= MAX_PREDICTIONS and min(shape[1:]) > 0 and images.dtype == np.uint8
     _require(fits, "images", images, f"uint8 [N, C, H, W], N <= {MAX_PREDICTIONS}")
+    count = len(images)
     for name, array in (("labels", labels), ("predicted", predicted), ("confidence", confidence)):
         _require(array.shape == (count,), name, array, f"[N], N = {count} as images")
     for index in (*labels.tolist(), *predicted.tolist()):

@@ -1,0 +1,199 @@
+"""Publishing to a real store and a real server: once, complete, and with the right status."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.commands.publish import publish
+from pipeline.run_folder import RunFolder
+from pipeline.tracking.journal import Journal
+from pipeline.tracking.publisher import Publisher, follow, open_store
+from tests.servers import free_port, mlflow_server
+
+
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new store takes seconds to be created, so it is done once and copied."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    open_store(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def store(migrated: Path, tmp_path: Path) -> str:
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "runs" / "run")
+    folder.path.mkdir(parents=True)
+    folder.config.write_text("run: {}\n")
+    return folder
+
+
+@pytest.fixture
+def journal(folder: RunFolder) -> Iterator[Journal]:
+    journal = Journal(folder.journal)
+    journal.append("run", run_id="abc", name="run", experiment="test", tracking_uri="unused")
+    journal.append("status", state="running")
+    yield journal
+    journal.close()
+
+
+def no_model(path: Path, record: dict[str, Any]) -> Any:
+    raise AssertionError("there is no model in this journal")
+
+
+def the_run(uri: str) -> Any:
+    client = MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    return run
+
+
+def history(uri: str, key: str) -> list[tuple[int, float]]:
+    points = MlflowClient(tracking_uri=uri).get_metric_history(the_run(uri).info.run_id, key)
+    return sorted((point.step, point.value) for point in points)
+
+
+def test_what_is_recorded_while_it_drains_arrives_in_order_and_once(
+    store: str, folder: RunFolder, journal: Journal
+) -> None:
+    publisher = Publisher(folder, store, no_model)
+    for step in range(5):
+        journal.metrics({"train/loss": 1 / (step + 1)}, step)
+        publisher.drain(training_alive=True)
+    assert history(store, "train/loss") == [(step, 1 / (step + 1)) for step in range(5)]
+    assert the_run(store).info.status == "RUNNING"
+
+
+def test_publishing_everything_again_changes_nothing(store: str, folder: RunFolder, journal: Journal) -> None:
+    journal.append("params", values={"optim.lr": 0.5, "steps_per_epoch": 10})
+    journal.append("tags", values={"host": "here"})
+    for step in range(2500):
+        journal.metrics({"train/loss": step / 2500}, step)
+    journal.append("status", state="finished")
+    assert publish(folder, store, lambda: False)
+    once = (the_run(store).info.run_id, history(store, "train/loss"))
+    assert len(once[1]) == 2500
+    (folder.path / "published.json").unlink()
+    assert publish(folder, store, lambda: False)
+    assert (the_run(store).info.run_id, history(store, "train/loss")) == once
+    assert the_run(store).info.status == "FINISHED"
+    assert the_run(store).data.params["optim.lr"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("states", "status"),
+    [
+        (("finished",), "FINISHED"),
+        (("preempted",), "KILLED"),
+        (("failed",), "FAILED"),
+        ((), "FAILED"),  # killed without a word
+        (("preempted", "running", "finished"), "FINISHED"),
+    ],
+)
+def test_the_status_is_that_of_the_training(
+    store: str, folder: RunFolder, journal: Journal, states: tuple[str, ...], status: str
+) -> None:
+    for state in states:
+        journal.append("status", state=state)
+    assert publish(folder, store, lambda: False)
+    assert the_run(store).info.status == status
+    assert json.loads((folder.path / "status.json").read_text())["mlflow_run_id"] == the_run(store).info.run_id
+
+
+def test_a_resumed_run_is_reopened(store: str, folder: RunFolder, journal: Journal) -> None:
+    journal.append("status", state="preempted")
+    assert publish(folder, store, lambda: False)
+    journal.append("status", state="running")
+    Publisher(folder, store, no_model).drain(training_alive=True)
+    assert the_run(store).info.status == "RUNNING"
+
+
+def test_a_point_the_server_refuses_is_named_and_takes_no_other_along(
+    store: str, folder: RunFolder, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("convoy").propagate = True
+    for step in range(20):
+        journal.metrics({"train/loss": step}, step)
+    # written past the journal's own cleaning of names
+    journal.append("metric", key="not=allowed", value=1.0, step=3, timestamp_ms=1)
+    journal.append("status", state="finished")
+    assert publish(folder, store, lambda: False)
+    assert len(history(store, "train/loss")) == 20
+    assert "refuses not=allowed at step 3" in caplog.text
+
+
+def test_a_store_that_cannot_be_reached_costs_one_line_and_nothing_is_lost(
+    store: str, folder: RunFolder, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("convoy").propagate = True
+    journal.metrics({"train/loss": 1.0}, 1)
+    journal.append("status", state="finished")
+    assert not publish(folder, f"http://127.0.0.1:{free_port()}", lambda: False, after_death=3.0)
+    assert caplog.text.count("does not work now") == 1
+    assert publish(folder, store, lambda: False)
+    assert history(store, "train/loss") == [(1, 1.0)]
+
+
+def test_a_server_that_dies_and_comes_back_misses_nothing(
+    migrated: Path, tmp_path: Path, folder: RunFolder, journal: Journal
+) -> None:
+    """Over HTTP: metrics every few ms while the server is killed and started again on the same port."""
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    alive = threading.Event()
+    alive.set()
+    publisher = Publisher(folder, uri, no_model)
+    done: list[bool] = []
+    thread = threading.Thread(target=lambda: done.append(follow(publisher, alive.is_set, after_death=30.0)))
+    with mlflow_server(tmp_path, port=port):
+        thread.start()
+        _record(journal, range(100))
+        _wait_until(lambda: len(history(uri, "train/loss")) > 0)
+    _record(journal, range(100, 200))
+    with mlflow_server(tmp_path, port=port):
+        _record(journal, range(200, 300))
+        journal.append("status", state="finished")
+        thread.join(60)
+        assert done == [True]
+        assert history(uri, "train/loss") == [(step, float(step)) for step in range(300)]
+        assert the_run(uri).info.status == "FINISHED"
+
+
+def _record(journal: Journal, steps: range) -> None:
+    for step in steps:
+        journal.metrics({"train/loss": step}, step)
+        time.sleep(0.005)
+
+
+def _wait_until(condition: Any, timeout: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_publisher_gives_up_a_silent_server_soon_after_the_training_is_gone(
+    folder: RunFolder, journal: Journal
+) -> None:
+    journal.metrics({"train/loss": 1.0}, 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert not publish(folder, uri, lambda: False, after_death=2.0)
+        assert time.monotonic() - started < 30
