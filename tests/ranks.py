@@ -62,7 +62,7 @@ def run_ranks(
 @functools.cache
 def _import_early() -> None:
     """What every rank would import by itself at its first optimizer, DDP and dataset: 4 s apiece."""
-    import sklearn.datasets  # noqa: F401
+    import sklearn.datasets
     import sklearn.model_selection  # noqa: F401
 
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)

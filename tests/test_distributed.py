@@ -125,7 +125,9 @@ def test_the_device_of_a_rank(
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(0, monkeypatch)
-    with pytest.raises(ValueError, match=r"train\.device = cuda: torch sees no GPU here; use train\.device=cpu or auto"):
+    with pytest.raises(
+        ValueError, match=r"train\.device = cuda: torch sees no GPU here; use train\.device=cpu or auto"
+    ):
         choose_device(Launch(), "cuda", "auto")
 
 
@@ -139,7 +141,13 @@ def test_more_ranks_than_gpus_are_refused_with_what_to_do(
         with pytest.raises(ValueError, match="cannot use NCCL") as caught:
             choose_device(Launch(local_rank, local_rank, 4, 4), device, backend)
         message = str(caught.value)
-        parts = ["4 ranks on this node", "sees 2 GPU(s)", "--nproc_per_node=2", "train.device=cpu", "train.backend=gloo"]
+        parts = [
+            "4 ranks on this node",
+            "sees 2 GPU(s)",
+            "--nproc_per_node=2",
+            "train.device=cpu",
+            "train.backend=gloo",
+        ]
         assert [part for part in parts if part not in message] == []
 
 

@@ -67,7 +67,7 @@ def test_only_squared_error_counts_the_classes() -> None:
 def test_the_sum_over_any_split_is_the_same(name: str, sizes: list[int]) -> None:
     scores, labels = random_batch()
     total = LOSSES[name].total
-    parts = [total(s, t).item() for s, t in zip(scores.split(sizes), labels.split(sizes), strict=True)]
+    parts = [total(s, t).item() for s, t in zip(torch.split(scores, sizes), torch.split(labels, sizes), strict=True)]
     assert sum(parts) == pytest.approx(total(scores, labels).item(), rel=1e-14)
 
 

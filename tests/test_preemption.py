@@ -45,9 +45,13 @@ def test_the_handlers_of_before_are_restored() -> None:
 
 def test_the_handlers_are_restored_after_a_request_and_a_failure() -> None:
     before = handlers()
-    with pytest.raises(ZeroDivisionError), listen_for_stop():
+
+    def train() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), listen_for_stop():
+        train()
     assert handlers() == before
 
 

@@ -18,7 +18,8 @@ from train.build import network_arguments
 from train.evaluation import Predictions
 from train.output import FolderOutput
 
-GRID = 40
+GRID = 42
+"""Images in each of the two grids of predictions: six rows of seven."""
 
 
 def write_results(

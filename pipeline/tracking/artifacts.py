@@ -22,10 +22,9 @@ def draw_evaluation(folder: RunFolder, record: Record) -> list[Path]:
     with np.load(folder.path / record["path"], allow_pickle=False) as data:
         evaluation = {name: data[name] for name in data.files}
     names = record["class_names"]
-    accuracy = f"{record['accuracy']:.2%} of {record['count']:,}"
     paths = [
         figures.draw_confusion_matrix(
-            evaluation["confusion"], names, folder.figures / "confusion_matrix.png", title=f"{folder.name}: {accuracy}"
+            evaluation["confusion"], names, folder.figures / "confusion_matrix.png", title=folder.name
         )
     ]
     for group, title in (("samples", "Test samples"), ("wrong", "Most confidently wrong")):

@@ -5,7 +5,6 @@ Okabe and Ito's (https://jfly.uni-koeln.de/color/), told apart with any colour v
 """
 
 import math
-import os
 import textwrap
 import uuid
 from collections.abc import Mapping, Sequence
@@ -108,7 +107,7 @@ def draw_confusion_matrix(confusion: Array, class_names: Sequence[str], path: Pa
 
 
 def draw_predictions(
-    images: NDArray[np.uint8],
+    images: Array,
     labels: Array,
     predicted: Array,
     confidence: Array,
@@ -119,9 +118,9 @@ def draw_predictions(
 ) -> Path:
     """Draw images with their predictions: uint8 [N, C, H, W], N from 0 to 64.
 
-    C = 3 is drawn as RGB, of any other C the first channel. `labels` and `predicted` are int [N] (indices
-    into `class_names`), `confidence` float [N] (0 to 1). A wrong prediction has a thick frame, a cross and
-    its truth. Raises ValueError for another shape, images not uint8, or an index without a name.
+    C = 3 is drawn as RGB, of any other C the first channel. `labels` and `predicted` are int [N] (indices into
+    `class_names`), `confidence` float [N] (0 to 1). A wrong prediction has a thick frame, a cross and its truth.
+    Raises ValueError for another shape, images not uint8, or an index without a name.
     """
     shape = images.shape
     fits = len(shape) == 4 and shape[0] <= MAX_PREDICTIONS and min(shape[1:]) > 0 and images.dtype == np.uint8
@@ -208,7 +207,7 @@ def _save(figure: Figure, path: Path) -> Path:
         # The page grows to hold what stands around the axes; bbox_inches="tight" would draw all twice for it.
         page = figure.get_tightbbox().padded(0.15)
         figure.savefig(temporary, format="png", bbox_inches=page)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return path

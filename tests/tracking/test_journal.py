@@ -96,7 +96,10 @@ def some_records(path: Path) -> bytes:
 
 
 def test_a_journal_torn_at_any_byte_is_cut_to_its_complete_records_and_goes_on(path: Path) -> None:
-    whole = some_records(path)
+    first = Journal(path)
+    first.append("status", state="running")
+    first.metrics({"train/loss": 1.0}, step=1)
+    whole = path.read_bytes()
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
         num_complete = whole[:size].count(b"\n")
@@ -226,23 +229,22 @@ def is_valid_in_mlflow(name: str) -> bool:
 def test_a_cleaned_name_is_the_name_as_far_as_mlflow_takes_it(name: str, cleaned: str) -> None:
     assert clean_name(name) == cleaned
     assert is_valid_in_mlflow(cleaned)
-    assert not is_valid_in_mlflow(name) or name == cleaned
+    if name.isascii() and is_valid_in_mlflow(name):
+        assert name == cleaned
 
 
-NOT_MLFLOWS = "pipeline/tracking/journal.py clean_name: MLflow rejects "
+def rejected(name: str, why: str) -> Any:
+    reason = f"pipeline/tracking/journal.py clean_name: MLflow rejects {why}"
+    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason))
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("..a", marks=pytest.mark.xfail(strict=True, reason=f"{NOT_MLFLOWS}a name that begins with '..'")),
-        pytest.param("../..a/b", marks=pytest.mark.xfail(strict=True, reason=f"{NOT_MLFLOWS}the same")),
-        pytest.param(
-            "a" * 249 + "/b", marks=pytest.mark.xfail(strict=True, reason=f"{NOT_MLFLOWS}the '/' left at the end by [:250]")
-        ),
-        pytest.param(
-            "a" * 248 + "/.b", marks=pytest.mark.xfail(strict=True, reason=f"{NOT_MLFLOWS}the '/.' left at the end by [:250]")
-        ),
+        rejected("..a", "a name that begins with '..'"),
+        rejected("../..a/b", "a name that begins with '..'"),
+        rejected("a" * 249 + "/b", "the '/' that [:250] leaves at the end"),
+        rejected("a" * 248 + "/.b", "the '/.' that [:250] leaves at the end"),
     ],
 )
 def test_an_awkward_name_is_cleaned_to_one_that_mlflow_takes(name: str) -> None:
