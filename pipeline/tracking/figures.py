@@ -118,9 +118,9 @@ def draw_predictions(
 ) -> Path:
     """Draw images with their predictions: uint8 [N, C, H, W], N from 0 to 64.
 
-    C = 3 is drawn as RGB, of any other C the first channel. `labels` and `predicted` are int [N] (indices into
-    `class_names`), `confidence` float [N] (0 to 1). A wrong prediction has a thick frame, a cross and its truth.
-    Raises ValueError for another shape, images not uint8, or an index without a name.
+    C = 3 is drawn as RGB, of any other C the first channel. `labels` and `predicted` are int [N] (indices
+    into `class_names`), `confidence` float [N] (0 to 1). A wrong prediction has a thick frame, a cross and
+    its truth. Raises ValueError for another shape, images not uint8, or an index without a name.
     """
     shape = images.shape
     fits = len(shape) == 4 and shape[0] <= MAX_PREDICTIONS and min(shape[1:]) > 0 and images.dtype == np.uint8

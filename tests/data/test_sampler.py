@@ -8,9 +8,12 @@ import torch
 from pipeline.data.sampler import GlobalOrderSampler, share
 
 
-def sampler(rank: int = 0, world_size: int = 1, num_samples: int = 103, **kwargs: int) -> GlobalOrderSampler:
-    settings = {"global_batch_size": 16, "seed": 5} | kwargs
-    return GlobalOrderSampler(num_samples, rank=rank, world_size=world_size, **settings)
+def sampler(
+    rank: int = 0, world_size: int = 1, *, num_samples: int = 103, accumulate: int = 1, seed: int = 5
+) -> GlobalOrderSampler:
+    return GlobalOrderSampler(
+        num_samples, global_batch_size=16, rank=rank, world_size=world_size, accumulate=accumulate, seed=seed
+    )
 
 
 def global_batches(world_size: int, epoch: int = 0, samples_seen: int = 0, **kwargs: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ def test_recorded_indices_of_the_global_batches_are_the_same_on_real_ranks() -> 
     assert sorted(i for batch in reference for i in batch) == list(range(1437))
     for world_size in (2, 3, 4):
         per_rank = run_ranks(world_size, _recorded_batches)
-        joined = [sum(parts, []) for parts in zip(*per_rank, strict=True)]
+        joined: list[list[int]] = [sum(parts, []) for parts in zip(*per_rank, strict=True)]
         assert joined == reference
 
 
