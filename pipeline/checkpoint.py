@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 FORMAT = 1
-_FOLDER = re.compile(r"step-(\d{8,})")
+_FOLDER = re.compile(r"step-(\d{8,})(\.old)?")
 logger = logging.getLogger("convoy")
 
 
@@ -92,15 +92,15 @@ class Checkpoints:
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         _write(temporary / "manifest.json", {"format": FORMAT, "files": files})
         _sync_folder(temporary)
-        if target.exists():  # the step was done again after a resume from before it
-            shutil.rmtree(target)
+        if target.exists():  # the end of an epoch at a step that was saved already; valid until it is replaced
+            target.rename(self.folder / f"{target.name}.old")
         temporary.rename(target)
         _sync_folder(self.folder)
-        self._prune()
+        self._prune(state.position.global_step)
         return target
 
     def all(self) -> list[Path]:
-        """Complete and incomplete checkpoints, the latest first."""
+        """Checkpoints, sound and damaged, the latest first."""
         found = [path for path in self.folder.glob("step-*") if _FOLDER.fullmatch(path.name)]
         return sorted(found, key=_step_of, reverse=True)
 
@@ -113,19 +113,23 @@ class Checkpoints:
                 logger.warning("%s; trying the one before", error)
         return None
 
-    def _prune(self) -> None:
-        by_step = self.all()
+    def _prune(self, saved_step: int) -> None:
+        # what claims to be of a later step was damaged and passed over, or this step could not have been trained
+        by_step = [path for path in self.all() if _step_of(path) <= (saved_step, 1) and path.suffix != ".old"]
         kept = set(by_step[: self._keep]) | set(sorted(by_step, key=self._rank, reverse=True)[: self._keep_best])
-        for path in by_step:
+        for path in self.all():
             if path not in kept:
                 shutil.rmtree(path)
 
-    def _rank(self, path: Path) -> float:
+    def _rank(self, path: Path) -> tuple[float, int]:
+        """Sorts the best last; of equals the first, as model/best.pt has it."""
         try:
             value = json.loads((path / "position.json").read_bytes())["value"]
         except (OSError, ValueError, KeyError):
             value = None
-        return float("-inf") if value is None else self._sign * float(value)
+        # NaN compares to nothing, so it must not get into a sort
+        comparable = value is not None and value == value
+        return self._sign * float(value) if comparable else float("-inf"), -_step_of(path)[0]
 
 
 def load_checkpoint(path: Path) -> TrainingState:
@@ -156,9 +160,11 @@ def save_atomically(path: Path, content: Any) -> None:
 def _verify(path: Path) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        version, files = manifest["format"], manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+        version, files = manifest["format"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} has no readable manifest ({error})") from error
+    if not {"model.pt", "training.pt", "position.json"} <= files.keys():
+        raise CheckpointError(f"checkpoint {path} is damaged: its manifest names only {sorted(files)}")
     if version != FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {version}; this version reads format {FORMAT}")
     for name, expected in files.items():
@@ -199,5 +205,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def _step_of(path: Path) -> tuple[int, int]:
+    """Sorts by step, and a replaced checkpoint before the one that replaces it."""
+    found = _FOLDER.fullmatch(path.name)
+    assert found is not None
+    return int(found[1]), 0 if found[2] else 1

@@ -37,7 +37,7 @@ class Launch:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
-        """Raises ValueError if only some of torchrun's variables are set."""
+        """Without RANK it is a world of one. Raises ValueError if RANK is set, but not all that belongs to it."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in environment]
         if len(missing) == len(names) or (missing and "RANK" not in environment):

@@ -49,7 +49,7 @@ class Schedule:
             return (step + 1) / (warmup + 1)
         match self.config.schedule:
             case "step":
-                falls = step // (self.config.step_epochs * self.steps_per_epoch)
+                falls = (step - warmup) // (self.config.step_epochs * self.steps_per_epoch)
                 return self.config.step_gamma**falls
             case "cosine":
                 return _cosine(1.0, 0.0, (step - warmup) / max(1, self.total_steps - warmup))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import yaml
 
@@ -73,10 +73,10 @@ class RunFolder:
         return self.path / "model"
 
     def status(self) -> dict[str, Any]:
-        """The content of status.json; empty for a folder that has none."""
+        """The content of status.json; empty for a folder that has none, or none that can be read."""
         try:
             loaded: dict[str, Any] = json.loads((self.path / "status.json").read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return {}
         return loaded
 
@@ -182,11 +182,12 @@ def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool) 
 
 def changes(folder: RunFolder, config: Config) -> list[tuple[str, Any, Any]]:
     """(key, value before, value now) of all that differs from the config the folder was last run with."""
+    if not folder.config.exists():  # killed at its very beginning
+        return []
     saved = Config.model_validate(yaml.safe_load(folder.config.read_text()))
     return [(key, saved.get(key), value) for key, value in config.flat().items() if saved.get(key) != value]
 
 
 def without_credentials(uri: str) -> str:
     """The URI as it may be written down and shown."""
-    credentials, at, _ = urlsplit(uri).netloc.rpartition("@")
-    return uri.replace(credentials + at, "", 1)
+    return re.sub(r"(?<=//)[^/?#]*@", "", uri)

@@ -149,7 +149,6 @@ def test_warmup_rises_linearly_and_reaches_lr_on_the_step_after(name: ScheduleNa
     assert rates[:5] == pytest.approx([2 / 5, 4 / 5, 6 / 5, 8 / 5, 2.0], rel=1e-15)
 
 
-@pytest.mark.xfail(strict=True, reason="pipeline/optim.py Schedule: a step schedule falls during a long warm-up")
 def test_a_warmup_longer_than_the_first_fall_of_a_step_schedule_reaches_lr_too() -> None:
     rates = curve("step", 100, lr=2, warmup=12, steps_per_epoch=10)
     assert rates[12] == 2

@@ -237,7 +237,6 @@ def test_changes_hold_the_values_before_and_now(tmp_path: Path) -> None:
     assert changes(folder, config_of("optim.lr=1e-5", "data.mean=0.1", "data.std=0.3")) == []
 
 
-@pytest.mark.xfail(strict=True, reason="pipeline/run_folder.py changes: FileNotFoundError if killed before config.yaml")
 def test_a_run_killed_between_its_journal_and_its_config_goes_on(tmp_path: Path) -> None:
     folder = begun(tmp_path)
     folder.config.unlink()

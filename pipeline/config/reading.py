@@ -59,6 +59,15 @@ def parse_command_line(argv: Sequence[str], default_config: Path) -> CommandLine
     return CommandLine(arguments.config, tuple(arguments.overrides), arguments.dry_run)
 
 
+OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "optimizer": "optim.name",
+    "scheduler": "optim.schedule",
+    "batch_size": "data.global_batch_size",
+    "num_workers": "data.workers",
+}
+"""What other programs call it, where the spelling alone would not tell."""
+
 Check = Callable[[Config], Iterable[Problem]]
 
 
@@ -118,7 +127,15 @@ def _read_yaml(path: Path, problems: list[Problem]) -> dict[str, Any]:
             problems.append(Problem((name,), f"{name} = {value}: is a section; accepted: {_keys_of(name)}"))
         else:
             texts[str(name)] = value
+    twice = [name for name in loaded if name in FIELDS and "." in name and _is_in_section(name, loaded)]
+    problems += [Problem((name,), f"{name}: stands twice, in its section and by itself") for name in twice]
     return _only_known(texts, problems)
+
+
+def _is_in_section(key: str, loaded: Mapping[str, Any]) -> bool:
+    section, _, name = key.partition(".")
+    content = loaded.get(section)
+    return isinstance(content, dict) and name in content
 
 
 def _read_overrides(overrides: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
@@ -149,6 +166,8 @@ def _nearest(key: str) -> str:
     """`; did you mean ...?` by the whole dotted key, else by its last part (`epochs` -> `train.epochs`)."""
     last_parts = {known.rpartition(".")[2]: known for known in reversed(list(FIELDS))}
     section, _, last = key.rpartition(".")
+    if last in OTHER_NAMES:
+        return f"; did you mean {OTHER_NAMES[last]}?"
     by_last = difflib.get_close_matches(last, last_parts, n=1, cutoff=0.7)
     in_section = [known for known in FIELDS if known.startswith(f"{section}.")]
     near = difflib.get_close_matches(key, in_section, n=1, cutoff=0.7) or [last_parts[m] for m in by_last]
@@ -168,9 +187,17 @@ def _interpret(text: Any, field: FieldInfo) -> Any:
     if NoneType in options and text in (None, "", "null", "~"):
         return None
     if any(get_origin(option) is tuple for option in options) and isinstance(text, str):
-        listed = yaml.load(text, Loader=yaml.BaseLoader) if text.startswith("[") and text.endswith("]") else text
-        return listed if isinstance(listed, list) else [text]
+        return _read_list(text)
     return text
+
+
+def _read_list(text: str) -> list[Any]:
+    """`[0.5, 0.4]` as YAML has it; anything else is a list of one, which the type then accepts or refuses."""
+    try:
+        listed = yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError:
+        return [text]
+    return listed if isinstance(listed, list) else [text]
 
 
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,6 +233,8 @@ def describe_accepted(field: FieldInfo) -> str:
         if hasattr(constraint, name)
     ]
     words += [" and ".join(limits)] if limits else []
+    longest = [constraint.max_length for constraint in field.metadata if hasattr(constraint, "max_length")]
+    words += [f"of 1 to {longest[0]} characters"] if longest else []
     if any(getattr(constraint, "pattern", None) for constraint in field.metadata):
         words.append("of letters, digits, '.', '_' and '-', at most 128, beginning with a letter or digit")
     null = ", or null" if NoneType in _options(field) else ""

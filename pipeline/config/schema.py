@@ -44,10 +44,10 @@ class DataConfig(Section):
         None, ge=4, le=1024, description="side in pixels to which images are resized; null: the dataset's own"
     )
     mean: tuple[float, ...] | None = Field(
-        None, description="per channel, of pixels in [0, 1], subtracted; null: the dataset's own"
+        None, min_length=1, description="per channel, of pixels in [0, 1], subtracted; null: the dataset's own"
     )
     std: tuple[float, ...] | None = Field(
-        None, description="per channel, of pixels in [0, 1], divided by; null: the dataset's own"
+        None, min_length=1, description="per channel, of pixels in [0, 1], divided by; null: the dataset's own"
     )
     global_batch_size: int = Field(
         32, ge=1, description="samples per optimizer step, over all ranks and accumulation steps"
@@ -86,7 +86,9 @@ class OptimConfig(Section):
     schedule: Literal["constant", "step", "cosine", "one_cycle"] = Field(
         "cosine", description="learning rate over the optimizer steps"
     )
-    warmup: int = Field(0, ge=0, description="optimizer steps of linear rise; with one_cycle 0 means 30% of all steps")
+    warmup: int = Field(
+        0, ge=0, description="optimizer steps of linear rise (of one_cycle: along a cosine, and 0 means 30% of all)"
+    )
     step_epochs: int = Field(1, ge=1, description="epochs between two falls of schedule=step")
     step_gamma: float = Field(0.7, gt=0, le=1, description="factor of each fall of schedule=step")
 
@@ -213,12 +215,16 @@ def _check_uri(uri: str | None) -> Iterable[Problem]:
     schemes = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
     if uri is None:
         return
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        yield Problem(("tracking.uri",), f"tracking.uri = {uri}: is no URI ({error})")
+        return
     if parts.password or parts.username:
         yield Problem(
             ("tracking.uri",),
             "tracking.uri: holds a user name or password, which would be written into the run folder; set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or all of MLFLOW_TRACKING_URI) instead",
         )
-    elif parts.scheme.partition("+")[0] not in schemes:
+    elif parts.scheme.partition("+")[0] not in schemes and uri != "databricks":
         yield Problem(("tracking.uri",), f"tracking.uri = {uri}: accepted: a URI that starts with {', '.join(schemes)}")

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 VERSION = 1
+NAME_LENGTH = 250
+NONFINITE = "_nonfinite"
 
 
 class Journal:
@@ -56,7 +58,7 @@ class Journal:
         for key, value in values.items():
             name, number = clean_name(key), float(value)
             if not math.isfinite(number):
-                name, number = f"{name}_nonfinite", 1.0
+                name, number = clean_name(key, NAME_LENGTH - len(NONFINITE)) + NONFINITE, 1.0
             if step > self._last_step.get(name, -1):
                 self._last_step[name] = step
                 lines.append(
@@ -99,11 +101,12 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int
     return records, offset
 
 
-def clean_name(name: str) -> str:
-    """A metric name that MLflow takes: other characters become `_`, empty path parts go.
+def clean_name(name: str, limit: int = NAME_LENGTH) -> str:
+    """A metric name that MLflow takes: other characters become `_`, empty path parts go, and what is too long.
 
-    MLflow allows letters, digits and `_ - . space : /`, and rejects a whole batch for one bad name.
+    MLflow allows letters, digits and `_ - . space : /`, no `..` in front, and rejects a whole batch for one bad name.
     """
-    allowed = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+    allowed = re.sub(r"[^\w\-. :/]", "_", name[:limit], flags=re.ASCII)
     parts = [part for part in allowed.split("/") if part not in ("", ".", "..")]
-    return "/".join(parts)[:250] or "_"
+    joined = "/".join(parts) or "_"
+    return f"_{joined[1:]}" if joined.startswith("..") else joined
