@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SAME_REQUEST = 2.0
+"""Seconds in which a signal repeats the first: a scheduler that signals every process of a job also signals torchrun,
+which passes it on, so that a rank is asked twice."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -16,16 +20,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._received = 0.0
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """A second signal ends the process at once."""
-        if self:
+        """A second request ends the process at once."""
+        if not self:
+            self.signal_name, self._received = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._received > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.signal_name = signal.Signals(number).name
 
 
 @contextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
-from pipeline.preemption import SIGNALS, listen_for_stop
+from pipeline import preemption
+from pipeline.preemption import SAME_REQUEST, SIGNALS, listen_for_stop
 
 
 def handlers() -> list[object]:
@@ -55,14 +57,17 @@ def test_the_handlers_are_restored_after_a_request_and_a_failure() -> None:
     assert handlers() == before
 
 
-def end_of_child(*numbers: signal.Signals) -> tuple[int, int]:
-    """(exit code, signal it died of) of a child that listens and sends itself these signals."""
+def end_of_child(*numbers: signal.Signals, apart: float = 2 * SAME_REQUEST) -> tuple[int, int]:
+    """(exit code, signal it died of) of a child that listens and sends itself these signals, so many seconds apart."""
     child = os.fork()
     if child == 0:
+        now = [1000.0]
+        preemption.time = SimpleNamespace(monotonic=lambda: now[0])  # type: ignore[attr-defined]
         try:
             with listen_for_stop() as stop:
                 for number in numbers:
                     os.kill(os.getpid(), number)
+                    now[0] += apart
                 os._exit(0 if stop.signal_name == numbers[0].name else 1)
         finally:
             os._exit(2)
@@ -78,6 +83,11 @@ def test_one_signal_does_not_end_the_process(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal_ends_the_process_at_once(number: signal.Signals) -> None:
     assert end_of_child(number, number) == (0, number)
+
+
+def test_a_signal_passed_on_by_the_launcher_besides_is_the_same_request() -> None:
+    assert end_of_child(signal.SIGTERM, signal.SIGTERM, apart=0.5 * SAME_REQUEST) == (0, 0)
+    assert end_of_child(signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, apart=0.7 * SAME_REQUEST) == (0, signal.SIGTERM)
 
 
 def test_a_second_signal_of_another_kind_ends_the_process_by_itself() -> None:

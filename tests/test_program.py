@@ -248,7 +248,8 @@ def test_an_exception_on_one_rank_ends_all_and_is_what_the_user_reads(tmp_path: 
     assert "ArithmeticError: the cause" in root_cause
     assert json.loads((tmp_path / "runs" / "failing" / "status.json").read_text())["state"] == "failed"
     # the publisher outlives the training for a moment; only then may the store be opened from here
-    _wait_for(lambda: '"state": "failed"' in (tmp_path / "runs" / "failing" / "published.json").read_text())
+    published = tmp_path / "runs" / "failing" / "published.json"
+    _wait_for(lambda: published.exists() and '"state": "failed"' in published.read_text())
     assert [run.info.status for run in mlflow_runs(tmp_path)] == ["FAILED"]
 
 
