@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-LOGGER_NAME = "convoy"
 
 
 class RemoteError(Exception):
@@ -218,7 +217,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def start_logging(rank: int) -> logging.Logger:
     """Rank 0 logs INFO as plain lines; the others warnings, with their rank. The root logger is left alone."""
-    logger = logging.getLogger(LOGGER_NAME)
+    logger = logging.getLogger("convoy")
     handler = logging.StreamHandler(sys.stdout)
     form = "%(message)s" if rank == 0 else f"[rank {rank} on {socket.gethostname()}] %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(form))

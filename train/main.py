@@ -30,7 +30,11 @@ from train.session import DIGITS_NOTE, Session, open_session
 @record
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 finished or stopped with its state saved, 2 wrong config. Other failures raise or give 1."""
-    launch = Launch.from_environment(os.environ)
+    try:
+        launch = Launch.from_environment(os.environ)
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 1
     logger = start_logging(launch.rank)
     try:
         command, config = read_config(argv, launch)

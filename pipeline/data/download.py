@@ -21,7 +21,7 @@ SOCKET_TIMEOUT_SECONDS = 20.0
 
 LOCK_NAME = ".download.lock"
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("convoy")
 
 
 class DataError(Exception):
