@@ -3,7 +3,7 @@
     checkpoints/step-00000450/
         model.pt        state_dict of the unwrapped network
         training.pt     optimizer, loss scale, sums of the record in progress
-        position.json   epoch, samples_seen, global_step, best evaluation so far, run id
+        position.json   epoch, samples_seen, global_step, best evaluation so far, run id, config
         manifest.json   format, size and SHA-256 of each file above
 
 The learning rate and all random streams are functions of the position and need no file.
@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class TrainingState:
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     meter: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    """Dotted key -> value, as the training was run with."""
 
 
 class Checkpoints:
@@ -88,12 +90,14 @@ class Checkpoints:
             {"optimizer": state.optimizer, "scaler": state.scaler, "meter": state.meter},
         )
         position = {**asdict(state.position), "best": state.best and asdict(state.best), "run_id": state.run_id}
-        _write(temporary / "position.json", {**position, "value": value})
+        _write(temporary / "position.json", {**position, "value": value, "config": state.config})
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         _write(temporary / "manifest.json", {"format": FORMAT, "files": files})
         _sync_folder(temporary)
         if target.exists():  # the end of an epoch at a step that was saved already; valid until it is replaced
-            target.rename(self.folder / f"{target.name}.old")
+            replaced = self.folder / f"{target.name}.old"
+            # one left by a kill is what this attempt began from, the target then being damaged
+            shutil.rmtree(target) if replaced.exists() else target.rename(replaced)
         temporary.rename(target)
         _sync_folder(self.folder)
         self._prune(state.position.global_step)
@@ -145,6 +149,7 @@ def load_checkpoint(path: Path) -> TrainingState:
         training["optimizer"],
         training["scaler"],
         training["meter"],
+        position["config"],
     )
 
 
@@ -168,7 +173,11 @@ def _verify(path: Path) -> None:
     if version != FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {version}; this version reads format {FORMAT}")
     for name, expected in files.items():
-        if not (path / name).is_file() or _fingerprint(path / name) != expected:
+        try:
+            sound = _fingerprint(path / name) == expected
+        except OSError:
+            sound = False
+        if not sound:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what its manifest states")
 
 

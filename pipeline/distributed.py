@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+LONG_TIMEOUT = timedelta(hours=12)
 
 
 class RemoteError(Exception):
@@ -33,6 +35,8 @@ class Launch:
     local_world_size: int = 1
     run_id: str | None = None
     """Of the job under torchrun, the same across elastic restarts; None without torchrun."""
+    is_restart: bool = False
+    """Whether torchrun has restarted the job after a failure."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
@@ -50,7 +54,17 @@ class Launch:
         if run_id == "none":  # torchrun's default: then the agent, which outlives its workers, stands for the job
             run_id = f"{socket.gethostname()}-{os.getppid()}-{_start_ticks(os.getppid())}"
         rank, local_rank, world_size, local_world_size = (int(environment[name]) for name in names)
-        return cls(rank, local_rank, world_size, local_world_size, run_id)
+        restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return cls(rank, local_rank, world_size, local_world_size, run_id, restarts > 0)
+
+    def await_end(self, seconds: float) -> None:
+        """Leave the first word to the rank that has the cause: the launcher ends this one when that has exited.
+
+        Exiting at once could make the launcher end that rank before it has spoken. Without a launcher nobody would
+        end this process, so it does not wait.
+        """
+        if self.run_id is not None and self.world_size > 1:
+            threading.Event().wait(seconds)
 
 
 @dataclass(frozen=True)
@@ -79,12 +93,12 @@ class Rank:
         """Collective: every rank must call. Whether `flag` is true on any rank."""
         return bool(self.reduce_sum(torch.tensor([float(flag)], device=self.device)).item())
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """Collective: every rank must call. The picklable `value` of each rank, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
 
     def from_main(self, action: Callable[[], T]) -> T:
@@ -92,8 +106,8 @@ class Rank:
 
         If it raises, rank 0 raises that, and the others RemoteError.
         """
-        result, error = attempt(action) if self.is_main else (None, None)
-        told: list[Any] = [result, describe_error(error)]
+        result, error = _run(action) if self.is_main else (None, None)
+        told: list[Any] = [result, _describe(error)]
         if self.world_size > 1:
             dist.broadcast_object_list(told, src=0, device=self._object_device)
         if error is not None:
@@ -103,9 +117,13 @@ class Rank:
         return cast(T, told[0])
 
     def once_per_node(self, action: Callable[[], object]) -> None:
-        """Collective: every rank must call. Local rank 0 of each node runs `action` before anyone goes on."""
-        error = attempt(action)[1] if self.local_rank == 0 else None
-        failures = [text for text in self.gather(describe_error(error)) if text is not None]
+        """Collective: every rank must call. Local rank 0 of each node runs `action` before anyone goes on.
+
+        That may be a download: the others wait longer than for any other collective.
+        """
+        patient: Any = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if self.world_size > 1 else None
+        error = _run(action)[1] if self.local_rank == 0 else None
+        failures = [text for text in self.gather(_describe(error), patient) if text is not None]
         if error is not None:
             raise error
         if failures:
@@ -116,7 +134,7 @@ class Rank:
         return self.device if self.backend == "nccl" else torch.device("cpu")
 
 
-def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _run(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     """What `action` returns, or raises: the others have to be told before it is raised here."""
     try:
         return action(), None
@@ -124,7 +142,7 @@ def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def describe_error(error: Exception | None) -> str | None:
+def _describe(error: Exception | None) -> str | None:
     return None if error is None else f"{type(error).__name__}: {error}"
 
 

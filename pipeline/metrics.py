@@ -23,13 +23,13 @@ class TrainMeter:
         self._sums += torch.stack((loss_sum, num_correct)).to(torch.float64)
         self._count += count
 
-    def reduce(self, rank: Rank, *votes: bool) -> tuple[dict[str, float], bool]:
+    def reduce(self, rank: Rank, vote: bool) -> tuple[dict[str, float], bool]:
         """Collective: every rank must call. Metrics over all ranks, then reset; and whether any rank votes yes.
 
         The vote rides along so that a decision costs no collective of its own.
         """
-        vote = torch.tensor([float(any(votes))], dtype=torch.float64, device=self._sums.device)
-        loss, correct, yes = rank.reduce_sum(torch.cat((self._sums, vote))).tolist()
+        mine = torch.tensor([float(vote)], dtype=torch.float64, device=self._sums.device)
+        loss, correct, yes = rank.reduce_sum(torch.cat((self._sums, mine))).tolist()
         count = max(1, self._count)
         self._sums.zero_()
         self._count = 0

@@ -35,9 +35,9 @@ class StopRequest:
 
 
 @contextmanager
-def listen_for_stop() -> Iterator[StopRequest]:
+def listen_for_stop(request: StopRequest | None = None) -> Iterator[StopRequest]:
     """Only in the main thread, as Python has it for signal handlers."""
-    request = StopRequest()
+    request = StopRequest() if request is None else request
     before = {number: signal.signal(number, request.receive) for number in SIGNALS}
     try:
         yield request

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
 import socket
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pipeline.config import Config
+from pipeline.config import FIELDS, Config
 
 State = Literal["running", "finished", "preempted", "failed"]
 
@@ -37,6 +39,7 @@ IDENTITY = (
     "model.dropout2d",
     "loss",
     "optim.name",
+    "checkpoint.metric",
 )
 
 
@@ -100,11 +103,19 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def training_lock(folder: RunFolder) -> Iterator[None]:
-    """Held while a training writes in the folder. Raises RunError that names the holder if there is one."""
-    with (folder.path / ".training.lock").open("a+") as file:
+    """Held while a training writes in the folder. Raises RunError that names the holder if there is one.
+
+    A POSIX lock, which forked DataLoader workers do not inherit: it is gone with the training itself.
+    """
+    with _lock_path(folder).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise RunError(
+                    f"{folder.path} cannot be locked against a second training ({error.strerror}): put run.dir on a "
+                    "filesystem that has POSIX locks"
+                ) from error
             file.seek(0)
             raise RunError(
                 f"run {folder.name} is being trained right now by {file.read().strip() or 'another process'}: wait "
@@ -116,6 +127,21 @@ def training_lock(folder: RunFolder) -> Iterator[None]:
         yield
 
 
+def is_being_trained(folder: RunFolder) -> bool:
+    """Whether another process holds the training lock. Only asks: taking it could refuse a training that starts."""
+    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
+    try:
+        with _lock_path(folder).open("a+") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+    except OSError:
+        return False
+    return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+
+
+def _lock_path(folder: RunFolder) -> Path:
+    return folder.path / ".training.lock"
+
+
 def slurm_run_name(environment: Mapping[str, str]) -> str | None:
     """`slurm-<job id>`, or `slurm-<array id>_<task id>` in an array; None outside Slurm."""
     if array := environment.get("SLURM_ARRAY_JOB_ID"):
@@ -124,7 +150,9 @@ def slurm_run_name(environment: Mapping[str, str]) -> str | None:
     return f"slurm-{job}" if job else None
 
 
-def choose_run(config: Config, config_name: str, environment: Mapping[str, str], launch_id: str | None) -> RunFolder:
+def choose_run(
+    config: Config, config_name: str, environment: Mapping[str, str], launch_id: str | None, *, is_restart: bool = False
+) -> RunFolder:
     """The folder of this run: the one named, Slurm's, that of the same launch before an elastic restart, or a new one.
 
     A default name belongs to one launch only: repeating the command without a name is a new run.
@@ -135,7 +163,7 @@ def choose_run(config: Config, config_name: str, environment: Mapping[str, str],
         return RunFolder(runs / name)
     if config.run.resume == "must":
         raise RunError("run.resume = must: which run? Set run.name to the one to continue")
-    if launch_id is not None and (earlier := _unfinished_of_launch(runs, launch_id)):
+    if launch_id is not None and (earlier := _run_of_launch(runs, launch_id, finished_too=is_restart)):
         return earlier
     stem = f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
@@ -148,17 +176,21 @@ def choose_run(config: Config, config_name: str, environment: Mapping[str, str],
     raise RunError(f"{runs} has a thousand runs of this second; set run.name")
 
 
-def _unfinished_of_launch(runs: Path, launch_id: str) -> RunFolder | None:
+def _run_of_launch(runs: Path, launch_id: str, *, finished_too: bool) -> RunFolder | None:
+    """A finished one only for a restart: the id of a launch can be given by hand, and given again another day."""
     for status in runs.glob("*/status.json"):
         folder = RunFolder(status.parent)
         known = folder.status()
-        if known.get("launch_id") == launch_id and known.get("state") != "finished":
+        if known.get("launch_id") == launch_id and (finished_too or known.get("state") != "finished"):
             return folder
     return None
 
 
-def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool) -> None:
-    """Raises RunError if `run.resume` or the folder's own config forbids going on in it."""
+def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool, launch_id: str | None = None) -> None:
+    """Raises RunError if `run.resume` or the folder's own config forbids going on in it.
+
+    What the same launch began before an elastic restart may always go on.
+    """
     resume = config.run.resume
     if resume == "must" and not has_checkpoint:
         raise RunError(
@@ -167,7 +199,7 @@ def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool) 
         )
     if not folder.journal.exists():
         return
-    if resume == "never":
+    if resume == "never" and (launch_id is None or folder.status().get("launch_id") != launch_id):
         raise RunError(
             f"run.resume = never: {folder.path} holds a run already; choose another run.name, or set run.resume=auto "
             "to continue it"
@@ -184,10 +216,21 @@ def changes(folder: RunFolder, config: Config) -> list[tuple[str, Any, Any]]:
     """(key, value before, value now) of all that differs from the config the folder was last run with."""
     if not folder.config.exists():  # killed at its very beginning
         return []
-    saved = Config.model_validate(yaml.safe_load(folder.config.read_text()))
+    try:
+        content = yaml.safe_load(folder.config.read_text())
+        saved = Config.model_validate({name: _known(name, section) for name, section in content.items()})
+    except (ValueError, AttributeError, yaml.YAMLError) as error:
+        raise RunError(
+            f"{folder.config} is not a config of this version, mend it or choose another run.name: {error}"
+        ) from error
     return [(key, saved.get(key), value) for key, value in config.flat().items() if saved.get(key) != value]
 
 
 def without_credentials(uri: str) -> str:
     """The URI as it may be written down and shown."""
     return re.sub(r"(?<=//)[^/?#]*@", "", uri)
+
+
+def _known(name: str, section: Any) -> Any:
+    """A section without the keys of other versions."""
+    return {k: v for k, v in section.items() if f"{name}.{k}" in FIELDS} if isinstance(section, dict) else section

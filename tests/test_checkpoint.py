@@ -146,6 +146,7 @@ def test_a_checkpoint_is_a_folder_of_the_documented_files(folder: Path) -> None:
         "best": {"value": 0.75, "global_step": 3},
         "run_id": "0123abc",
         "value": 0.9,
+        "config": {},
     }
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["format"] == 1

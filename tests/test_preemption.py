@@ -62,7 +62,7 @@ def end_of_child(*numbers: signal.Signals, apart: float = 2 * SAME_REQUEST) -> t
     child = os.fork()
     if child == 0:
         now = [1000.0]
-        preemption.time = SimpleNamespace(monotonic=lambda: now[0])  # type: ignore[assignment]
+        preemption.time = SimpleNamespace(monotonic=lambda: now[0])  # type: ignore[assignment,attr-defined]
         try:
             with listen_for_stop() as stop:
                 for number in numbers:

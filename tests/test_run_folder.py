@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from pipeline.run_folder import (
     changes,
     check_resumable,
     choose_run,
+    is_being_trained,
     locked,
     slurm_run_name,
     training_lock,
@@ -182,6 +184,7 @@ ANOTHER = {
     "model.dropout2d": "0.5",
     "loss": "mse",
     "optim.name": "adam",
+    "checkpoint.metric": "eval/loss",
 }
 
 
@@ -313,6 +316,31 @@ def test_the_lock_names_its_latest_holder_only(tmp_path: Path) -> None:
     with training_lock(RunFolder(tmp_path)):
         text = (tmp_path / ".training.lock").read_text()
         assert text == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_forked_worker_does_not_keep_the_lock_of_its_dead_training(tmp_path: Path) -> None:
+    """As a DataLoader worker would, which lives on for seconds after a kill -9 of its rank."""
+    folder = RunFolder(tmp_path)
+    receiver, sender = os.pipe()
+    training = os.fork()
+    if training == 0:
+        with training_lock(folder):
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.write(sender, worker.to_bytes(8, "little"))
+            time.sleep(60)
+    worker = int.from_bytes(os.read(receiver, 8), "little")
+    try:
+        assert is_being_trained(folder)
+        os.kill(training, signal.SIGKILL)
+        os.waitpid(training, 0)
+        assert not is_being_trained(folder)
+        with training_lock(folder):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_the_training_lock_is_free_again_after_it_was_used(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.checkpoint import Checkpoints
@@ -158,37 +158,14 @@ def build_trainer(
         network = network.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(config.optim, network.parameters())
     normalize = Normalize(info.mean, info.std, precision.weights_dtype).to(rank.device)
-    train_loader = _build_loader(
-        config,
-        dataset.train,
-        normalize,
-        GlobalOrderSampler(
-            len(dataset.train.labels),
-            global_batch_size=config.data.global_batch_size,
-            world_size=rank.world_size,
-            rank=rank.rank,
-            accumulate=config.train.accumulate,
-            seed=config.run.seed,
-        ),
-    )
-    eval_loader = _build_loader(
-        config,
-        dataset.evaluation,
-        normalize,
-        GlobalOrderSampler(
-            len(dataset.evaluation.labels),
-            global_batch_size=config.data.eval_batch_size * rank.world_size,
-            world_size=rank.world_size,
-            rank=rank.rank,
-            shuffle=False,
-        ),
-    )
+    train_loader = _build_loader(config, dataset.train, normalize, _train_sampler(config, rank, dataset))
+    eval_loader = _build_loader(config, dataset.evaluation, normalize, _eval_sampler(config, rank, dataset))
     return Trainer(
         config=config,
         rank=rank,
         network=network,
         step=EagerStep(
-            wrap(network, rank),
+            wrap(network, rank, normalize(dataset.train.images[:1].to(rank.device))),
             loss,
             optimizer,
             precision,
@@ -208,12 +185,44 @@ def build_trainer(
     )
 
 
-def wrap(network: nn.Module, rank: Rank) -> nn.Module:
-    """DistributedDataParallel where there is more than one rank."""
+def wrap(network: nn.Module, rank: Rank, images: Tensor) -> nn.Module:
+    """Collective: every rank must call. DistributedDataParallel where there is more than one rank.
+
+    DDP puts all gradients into one bucket for its first step, and regroups them by the order in which they became
+    ready for all others. From three ranks on, the place in a bucket decides the order of summation, and so the last
+    bits: a resumed training would differ in its first step. Two passes for nothing, on `images`, get that over.
+    """
     if rank.world_size == 1:
         return network
     devices = [rank.device] if rank.device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+    model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+    model.eval()  # batch statistics stay as they are
+    for _ in range(2):  # the regrouping is done when the second begins
+        model(images).sum().backward()
+        model.zero_grad(set_to_none=True)
+    model.train()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _train_sampler(config: Config, rank: Rank, dataset: Dataset) -> GlobalOrderSampler:
+    return GlobalOrderSampler(
+        len(dataset.train.labels),
+        global_batch_size=config.data.global_batch_size,
+        world_size=rank.world_size,
+        rank=rank.rank,
+        accumulate=config.train.accumulate,
+        seed=config.run.seed,
+    )
+
+
+def _eval_sampler(config: Config, rank: Rank, dataset: Dataset) -> GlobalOrderSampler:
+    return GlobalOrderSampler(
+        len(dataset.evaluation.labels),
+        global_batch_size=config.data.eval_batch_size * rank.world_size,
+        world_size=rank.world_size,
+        rank=rank.rank,
+        shuffle=False,
+    )
 
 
 def _build_loader(config: Config, images: ImageSet, normalize: Normalize, sampler: GlobalOrderSampler) -> Loader:

@@ -59,12 +59,10 @@ class Evaluator:
 
     def predictions(self) -> Predictions:
         """Collective: every rank must call. What the last evaluation predicted."""
-        columns = zip(*self._shard, strict=True)
-        shard = [torch.cat(column).cpu().numpy() for column in columns]
+        shard = [torch.cat(column).cpu().numpy() for column in zip(*self._shard, strict=True)]
         sampler = self._loader.sampler
-        indices = [i.numpy() for step in sampler.steps() for i in step.micro_batches]
-        order = torch.cat([torch.from_numpy(i) for rank in self._rank.gather(indices) for i in rank])
-        shards = [rank for rank in self._rank.gather(shard) if rank]
-        joined = (torch.cat([torch.from_numpy(rank[column]) for rank in shards]) for column in range(3))
+        indices = torch.cat([i for step in sampler.steps() for i in step.micro_batches]).numpy()
+        shards = [part for part in self._rank.gather([indices, *shard]) if len(part[0])]
+        order, *columns = (torch.cat([torch.from_numpy(part[i]) for part in shards]) for i in range(4))
         back = order.argsort()
-        return Predictions(*(values[back] for values in joined))
+        return Predictions(*(column[back] for column in columns))

@@ -23,7 +23,7 @@ from pipeline.distributed import Launch, Rank, RemoteError, is_lost_connection, 
 from pipeline.preemption import StopRequest, listen_for_stop
 from pipeline.run_folder import RunError
 from train import build
-from train.launch import await_end, describe_plan
+from train.plan import describe_plan
 from train.session import DIGITS_NOTE, Session, open_session
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch.local_rank == 0:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         else:
-            await_end(launch)
+            launch.await_end(seconds=60)  # local rank 0 may be slow to start
         return 2
     if command.dry_run:
         if launch.rank == 0:
@@ -50,16 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if config.data.dataset == "digits":
         logger.info("%s", DIGITS_NOTE)
+    stop = StopRequest()
     try:
-        run(config, command, launch)
+        run(config, command, launch, stop)
     except (DataError, RunError) as error:
         logger.error("%s", error)
         return 1
     except Exception as error:
         if not (isinstance(error, RemoteError) or is_lost_connection(error)):
             raise
-        # A consequence. The rank with the cause ends first and shows it, then the launcher ends this one.
-        await_end(launch)
+        # Most likely a consequence. The rank with the cause shows it and ends, then the launcher ends this one.
+        if not stop:
+            launch.await_end(seconds=5)
+            if not isinstance(error, RemoteError):
+                raise  # nobody else ended: the cause may be here
         logger.warning("ended because another rank did: %s", error)
         return 1
     return 0
@@ -74,10 +78,10 @@ def read_config(argv: Sequence[str] | None, launch: Launch) -> tuple[CommandLine
     return command, load_config(command, [check])
 
 
-def run(config: Config, command: CommandLine, launch: Launch) -> None:
+def run(config: Config, command: CommandLine, launch: Launch, stop: StopRequest) -> None:
     """Collective: every rank must call. Start the rank, train, leave the group, close."""
     settings = config.train
-    with listen_for_stop() as stop:
+    with listen_for_stop(stop):
         with start_rank(
             launch,
             device=settings.device,

@@ -45,8 +45,8 @@ class FolderOutput:
         self.journal.metrics(values, step)
 
     def save_checkpoint(self, state: TrainingState, value: float | None) -> None:
+        self.journal.sync()  # first: points before a checkpoint are not recorded again
         self.checkpoints.save(state, value)
-        self.journal.sync()
         self.folder.update_status(epoch=state.position.epoch, global_step=state.position.global_step)
 
     def save_best(self, model: Mapping[str, Any]) -> None:

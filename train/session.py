@@ -65,12 +65,14 @@ class Attempt:
 
     def begin(self, stack: ExitStack) -> Start:
         """Take the folder; `stack` holds its lock. Raises RunError if that is refused, before anything is written."""
-        folder = choose_run(self.config, self.config_name, os.environ, self.launch.run_id)
+        folder = choose_run(
+            self.config, self.config_name, os.environ, self.launch.run_id, is_restart=self.launch.is_restart
+        )
         checkpoints = build_checkpoints(self.config, folder)
         if folder.path.exists():
             stack.enter_context(training_lock(folder))
         state = checkpoints.load_latest()
-        check_resumable(folder, self.config, has_checkpoint=state is not None)
+        check_resumable(folder, self.config, has_checkpoint=state is not None, launch_id=self.launch.run_id)
         if not folder.path.exists():
             folder.path.mkdir(parents=True)
             stack.enter_context(training_lock(folder))
@@ -121,24 +123,18 @@ class Attempt:
     def _record_new_run(self, journal: Journal, run_id: str, tags: dict[str, str]) -> None:
         assert self.output is not None
         info = self.dataset.info
-        journal.append(
-            "run",
-            run_id=run_id,
-            name=self.output.folder.name,
-            experiment=self.config.tracking.experiment,
-            tracking_uri=without_credentials(self.uri),
-        )
         steps = build_schedule(self.config, info).steps_per_epoch
-        params = self.config.flat() | {"tracking.uri": without_credentials(self.uri), "steps_per_epoch": steps}
-        journal.append("params", values=params)
-        journal.append("tags", values=tags)
-        journal.append(
-            "dataset",
-            name=info.name,
-            digest=self.dataset.digest,
-            source=info.source,
-            num_train=info.train_size,
-            num_eval=info.eval_size,
+        uri = without_credentials(self.uri)
+        folder, experiment = self.output.folder, self.config.tracking.experiment
+        params = self.config.flat() | {"tracking.uri": uri, "steps_per_epoch": steps}
+        sizes = {"num_train": info.train_size, "num_eval": info.eval_size}
+        journal.append_all(
+            [
+                {"kind": "run", "run_id": run_id, "name": folder.name, "experiment": experiment, "tracking_uri": uri},
+                {"kind": "params", "values": params},
+                {"kind": "tags", "values": tags},
+                {"kind": "dataset", "name": info.name, "digest": self.dataset.digest, "source": info.source, **sizes},
+            ]
         )
 
     def _tags(self) -> dict[str, str]:
@@ -171,8 +167,12 @@ class Attempt:
         self.last_lines = [f"stopped {reason} behind step {step}, all saved; run.name={name} continues it"]
 
     def fail(self) -> None:
-        if self.output is not None:
+        if self.output is None:
+            return
+        try:
             self.output.set_state("failed")
+        except OSError as error:  # a full disk, say: must not hide what made the training fail
+            logger.warning("the failure cannot be recorded in %s: %s", self.output.folder.path, error)
 
     def close(self, outcome: Outcome | None) -> None:
         """After the process group is left: wait for the publisher, and say the last lines."""

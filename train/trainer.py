@@ -157,6 +157,7 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             scaler=self.precision.state_dict(),
             meter=self.meter.state(self.rank),
+            config=self.config.flat(),
         )
 
     def load_state(self, state: TrainingState) -> None:

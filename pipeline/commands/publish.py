@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.run_folder import RunFolder, locked
+from pipeline.preemption import SIGNALS
+from pipeline.run_folder import RunFolder, is_being_trained, locked
 
 HELP = "publish one run's journal to MLflow (what a training starts by itself)"
 
@@ -27,32 +28,30 @@ MLFLOW_SETTINGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--follow", action="store_true", help="go on until the training that started this has ended")
+    parser.add_argument("--follow", type=int, metavar="PID", help="go on until this parent, the training, has ended")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.follow:  # what a job is sent is meant for the training, which tells us by the journal
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    if arguments.follow:
+        # what a job is sent is meant for the training, which tells this process by the journal
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by whoever started this, until here
     os.nice(10)
     start_logging()
-    parent = os.getppid()
     folder = RunFolder(arguments.run_dir.absolute())
-
-    def is_training_alive() -> bool:
-        return arguments.follow and os.getppid() == parent
-
-    return 0 if publish(folder, os.environ["MLFLOW_TRACKING_URI"], is_training_alive) else 1
+    return 0 if publish(folder, os.environ["MLFLOW_TRACKING_URI"], lambda: os.getppid() == arguments.follow) else 1
 
 
-def publish(folder: RunFolder, uri: str, is_training_alive: Any, after_death: float = 30.0) -> bool:
+def publish(folder: RunFolder, uri: str, is_parent_alive: Callable[[], bool], after_death: float = 30.0) -> bool:
     """Publish a folder, one process at a time. Returns whether all was published."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
     from pipeline.tracking.publisher import Publisher, follow  # imports mlflow: 3 s, and reads the settings above
 
     with locked(folder.path / ".publisher.lock"):
-        return follow(Publisher(folder, uri, load_network), is_training_alive, after_death=after_death)
+        publisher = Publisher(folder, uri, load_network)
+        return follow(publisher, is_parent_alive, lambda: is_being_trained(folder), after_death=after_death)
 
 
 def load_network(run_folder: Path, record: dict[str, Any]) -> Any:
@@ -67,18 +66,6 @@ def load_network(run_folder: Path, record: dict[str, Any]) -> Any:
     )
     network.load_state_dict(torch.load(run_folder / record["path"], map_location="cpu", weights_only=True))
     return torch.nn.Sequential(Normalize(record["mean"], record["std"]), network).eval()
-
-
-def is_being_trained(folder: RunFolder) -> bool:
-    """Whether a training holds the folder's lock."""
-    try:
-        with (folder.path / ".training.lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def start_logging() -> None:

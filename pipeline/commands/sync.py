@@ -7,8 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.commands.publish import is_being_trained, publish, start_logging
-from pipeline.run_folder import RunFolder
+from pipeline.commands.publish import publish, start_logging
+from pipeline.run_folder import RunFolder, is_being_trained, without_credentials
+from pipeline.tracking.journal import read_journal
 
 HELP = "publish to MLflow what is in a run's journal and not there yet; safe to repeat"
 
@@ -30,7 +31,11 @@ def _sync(folder: RunFolder, uri: str | None) -> int:
     if is_being_trained(folder):
         print(f"{folder.path}: is being trained now; its own publisher is at work", file=sys.stderr)
         return 1
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or folder.status()["tracking_uri"]
+    run = next((record for record in read_journal(folder.journal)[0] if record["kind"] == "run"), None)
+    if run is None:
+        print(f"{folder.path}: its journal does not name its run; there is nothing to publish", file=sys.stderr)
+        return 1
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or run["tracking_uri"]
     published = publish(folder, uri, lambda: False)
-    print(f"{folder.path}: {'published' if published else 'NOT published'} to {uri}")
+    print(f"{folder.path}: {'published' if published else 'NOT published'} to {without_credentials(uri)}")
     return 0 if published else 1

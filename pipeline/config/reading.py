@@ -236,7 +236,7 @@ def describe_accepted(field: FieldInfo) -> str:
     longest = [constraint.max_length for constraint in field.metadata if hasattr(constraint, "max_length")]
     words += [f"of 1 to {longest[0]} characters"] if longest else []
     if any(getattr(constraint, "pattern", None) for constraint in field.metadata):
-        words.append("of letters, digits, '.', '_' and '-', at most 128, beginning with a letter or digit")
+        words.append("of letters, digits, '.', '_' and '-', at most 128, not beginning with '.' or '-'")
     null = ", or null" if NoneType in _options(field) else ""
     return " ".join(words) + null
 

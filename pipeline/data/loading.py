@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.sampler import GlobalOrderSampler, StepIndices
+from pipeline.preemption import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -95,19 +97,31 @@ class StreamedLoader:
     def __iter__(self) -> Iterator[Batch]:
         device = self._normalize.scale.device
         steps = list(self.sampler.steps())
-        fetched = iter(
-            DataLoader(
-                self._pixels,
-                sampler=[indices for step in steps for indices in step.micro_batches],
-                batch_size=None,
-                num_workers=self._num_workers,
-                pin_memory=device.type == "cuda",
-            )
+        loader = DataLoader(
+            self._pixels,
+            sampler=[indices for step in steps for indices in step.micro_batches],
+            batch_size=None,
+            num_workers=self._num_workers,
+            worker_init_fn=_leave_signals_to_the_rank,
+            pin_memory=device.type == "cuda",
         )
+        # held back until the workers, which inherit this, have learnt to ignore them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            fetched = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for step in steps:
             pixels = islice(fetched, len(step.micro_batches))
             moved = ((i.to(device, non_blocking=True), n.to(device, non_blocking=True)) for i, n in pixels)
             yield _batch(step, ((self._normalize(images), labels) for images, labels in moved))
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """A launcher signals the whole process group; a worker must not die of a request to stop."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _batch(step: StepIndices, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -57,22 +58,32 @@ def draw_history(folder: RunFolder) -> list[Path]:
     return [figures.draw_learning_curves(history, path, title=folder.name, steps_per_epoch=int(steps_per_epoch))]
 
 
-def log_model(folder: RunFolder, client: Any, uri: str, run_id: str, record: Record, model: Any) -> list[Path]:
-    """Draw the first layer, and log the network once as an MLflow model in the pt2 format, which holds no pickle.
+def draw_filters(folder: RunFolder, model: Any) -> list[Path]:
+    """The first convolution of a network; nothing for one without."""
+    filters = next((p for p in model.parameters() if p.ndim == 4), None)
+    if filters is None:
+        return []
+    path = folder.figures / "filters.png"
+    return [figures.draw_filters(filters.detach().numpy(), path, title=f"{folder.name}: first layer")]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def log_model(folder: RunFolder, client: Any, uri: str, run_id: str, record: Record, model: Any) -> None:
+    """Log the network once as an MLflow model in the pt2 format, which holds no pickle.
 
     `model` is on the CPU, in eval mode, and takes float32 pixels in 0..255, normalising them itself, so that it
     answers as the training evaluated.
     """
-    drawn = []
-    filters = next((p for p in model.parameters() if p.ndim == 4), None)
-    if filters is not None:
-        path = folder.figures / "filters.png"
-        drawn = [figures.draw_filters(filters.detach().numpy(), path, title=f"{folder.name}: first layer")]
     experiment_id = client.get_run(run_id).info.experiment_id
     logged = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
-    if not any(m.tags.get("convoy.weights") == record["sha256"] for m in logged):
+    # MLflow creates the entry before it uploads: one that is not READY was interrupted
+    if not any(m.tags.get("convoy.weights") == record["sha256"] and m.status.name == "READY" for m in logged):
         _log_pt2(folder, uri, run_id, record, model)
-    return drawn
 
 
 def _log_pt2(folder: RunFolder, uri: str, run_id: str, record: Record, model: Any) -> None:

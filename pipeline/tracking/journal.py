@@ -45,7 +45,14 @@ class Journal:
         self.num_attempts = sum(r["kind"] == "status" and r["state"] == "running" for r in records)
 
     def append(self, kind: str, **fields: Any) -> None:
-        self._write([{"kind": kind, **fields}])
+        self.append_all([{"kind": kind, **fields}])
+
+    def append_all(self, records: list[dict[str, Any]]) -> None:
+        """Records that make sense only together, in one write."""
+        lines = (json.dumps({"v": VERSION, **record}, allow_nan=False, separators=(",", ":")) for record in records)
+        data = "".join(line + "\n" for line in lines).encode()
+        while data:
+            data = data[os.write(self._file, data) :]
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics of one step. A (key, step) recorded before a resume is not recorded again.
@@ -64,7 +71,7 @@ class Journal:
                 lines.append(
                     {"kind": "metric", "key": name, "value": number, "step": step, "timestamp_ms": timestamp_ms}
                 )
-        self._write(lines)
+        self.append_all(lines)
 
     def sync(self) -> None:
         """Force what was appended to the disk."""
@@ -74,12 +81,6 @@ class Journal:
         self.sync()
         os.close(self._file)
 
-    def _write(self, records: list[dict[str, Any]]) -> None:
-        lines = (json.dumps({"v": VERSION, **record}, allow_nan=False, separators=(",", ":")) for record in records)
-        data = "".join(line + "\n" for line in lines).encode()
-        while data:
-            data = data[os.write(self._file, data) :]
-
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Complete records from byte `offset` on, and the offset behind the last of them.
@@ -87,18 +88,25 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int
     A line without its end is being written, or was torn by a crash: it is left for the next reading. Raises ValueError
     naming file and byte for a complete line that is no record.
     """
+    entries = read_entries(path, offset)
+    return [record for record, _ in entries], entries[-1][1] if entries else offset
+
+
+def read_entries(path: Path, offset: int = 0) -> list[tuple[dict[str, Any], int]]:
+    """The records of `read_journal`, each with the offset behind it."""
     with path.open("rb") as file:
         file.seek(offset)
         data = file.read()
     complete = data[: data.rfind(b"\n") + 1]
-    records = []
-    for line in complete.splitlines(keepends=True):
+    entries = []
+    for line in complete.split(b"\n")[:-1]:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, byte {offset}: not a journal record ({error})") from error
-        offset += len(line)
-    return records, offset
+        offset += len(line) + 1
+        entries.append((record, offset))
+    return entries
 
 
 def clean_name(name: str, limit: int = NAME_LENGTH) -> str:

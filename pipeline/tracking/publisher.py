@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from pipeline.run_folder import RunFolder, locked, without_credentials
-from pipeline.tracking.artifacts import draw_evaluation, draw_history, log_model
-from pipeline.tracking.journal import read_journal
+from pipeline.tracking.artifacts import draw_evaluation, draw_filters, draw_history, file_digest, log_model
+from pipeline.tracking.journal import read_entries, read_journal
 
 Record = dict[str, Any]
 LoadModel = Callable[[Path, Record], Any]
@@ -49,24 +50,24 @@ class Publisher:
 
     @property
     def state(self) -> str | None:
-        """The last published state of the run."""
+        """The state of the run by the last status record that was published."""
         state: str | None = self._progress.get("state")
         return state
 
-    def drain(self, *, training_alive: bool) -> int:
-        """Publish what the journal holds beyond the stored offset; the number of records that was.
+    def drain(self, *, training_alive: bool) -> None:
+        """Publish what the journal holds beyond the stored offset.
 
         A run that the journal says is running, but whose training is dead, is marked as failed.
         """
-        records, end = read_journal(self._folder.journal, self._progress["offset"])
         client = self._connect()
-        for kind, group in groupby(records, key=lambda record: str(record["kind"])):
-            self._publish(client, kind, list(group))
-        if not training_alive and (self._progress.get("state") == "running"):
-            self._set_state(client, "failed")
+        entries = read_entries(self._folder.journal, self._progress["offset"])
+        for kind, group in groupby(entries, key=lambda entry: str(entry[0]["kind"])):
+            members = list(group)
+            self._publish(client, kind, [record for record, _ in members])
+            self._store_progress(offset=members[-1][1])
+        if not training_alive and self.state == "running":
+            self._show_state(client, "failed")
             self._folder.update_status(state="failed")
-        self._store_progress(offset=end)
-        return len(records)
 
     def _publish(self, client: MlflowClient, kind: str, records: list[Record]) -> None:
         if kind == "metric":
@@ -83,12 +84,25 @@ class Publisher:
                 case "dataset":
                     client.log_inputs(self._run_id, [DatasetInput(_dataset(record))])
                 case "evaluation":
-                    self._log_figures(client, draw_evaluation(self._folder, record))
+                    self._log_figures(client, partial(draw_evaluation, self._folder, record))
                 case "model":
-                    model = self._load_model(self._folder.path, record)
-                    self._log_figures(client, log_model(self._folder, client, self._uri, self._run_id, record, model))
+                    self._publish_model(client, record)
                 case "status":
-                    self._set_state(client, record["state"])
+                    self._show_state(client, record["state"])
+                    self._progress["state"] = record["state"]
+
+    def _publish_model(self, client: MlflowClient, record: Record) -> None:
+        if file_digest(self._folder.path / record["path"]) != record["sha256"]:
+            logger.info("%s was replaced by a later one, which is what is logged", record["path"])
+            return
+        try:
+            model = self._load_model(self._folder.path, record)
+            self._log_figures(client, partial(draw_filters, self._folder, model))
+            log_model(self._folder, client, self._uri, self._run_id, record, model)
+        except (MlflowException, OSError):
+            raise  # the server; tried again
+        except Exception as error:
+            logger.warning("the model cannot be logged, its weights are in %s: %s", record["path"], error)
 
     @property
     def _run_id(self) -> str:
@@ -97,6 +111,9 @@ class Publisher:
     def _connect(self) -> MlflowClient:
         if self._client is None:
             client = open_store(self._uri)
+            if "mlflow_run_id" in self._progress and not run_exists(client, self._run_id):
+                logger.warning("run %s is not in %s any more: publishing all again", self._run_id, self._uri)
+                self._progress = {"offset": 0}
             if "mlflow_run_id" not in self._progress:
                 self._find_or_create_run(client)
             self._client = client
@@ -133,17 +150,22 @@ class Publisher:
             client.log_batch(self._run_id, params=chunk)
         client.log_artifact(self._run_id, str(self._folder.config))
 
-    def _log_figures(self, client: MlflowClient, figures: Iterable[Path]) -> None:
+    def _log_figures(self, client: MlflowClient, draw: Callable[[], list[Path]]) -> None:
+        """A figure that cannot be drawn must not keep what stands behind it in the journal from being published."""
+        try:
+            figures = draw()
+        except Exception as error:
+            logger.warning("a figure cannot be drawn: %s: %s", type(error).__name__, error)
+            return
         for figure in figures:
             client.log_artifact(self._run_id, str(figure), "figures")
 
-    def _set_state(self, client: MlflowClient, state: str) -> None:
+    def _show_state(self, client: MlflowClient, state: str) -> None:
         if state == "running":
             client.update_run(self._run_id, status=MLFLOW_STATUS[state])
         else:
-            self._log_figures(client, draw_history(self._folder))
+            self._log_figures(client, partial(draw_history, self._folder))
             client.set_terminated(self._run_id, MLFLOW_STATUS[state])
-        self._progress["state"] = state
 
     def _read_progress(self) -> Record:
         try:
@@ -166,18 +188,25 @@ class Publisher:
         temporary.replace(self._progress_path)
 
 
-def follow(publisher: Publisher, is_training_alive: Callable[[], bool], *, after_death: float = 30.0) -> bool:
-    """Publish until the run has ended and all is published, or until `after_death` seconds after the training.
+def follow(
+    publisher: Publisher,
+    is_parent_alive: Callable[[], bool],
+    is_being_trained: Callable[[], bool] = lambda: False,
+    *,
+    after_death: float = 30.0,
+) -> bool:
+    """Publish until the run has ended and all is published, or until `after_death` seconds after the parent's death.
 
-    Returns whether all was published. An outage is one line when it begins and one when it ends.
+    The parent is the training that started this; when it is dead, another may have resumed the run, and brings a
+    publisher of its own. Returns whether all was published. An outage is one line at its beginning and one at its end.
     """
     pause, outage, deadline = 0.5, False, float("inf")
     while True:
-        alive = is_training_alive()
+        alive = is_parent_alive()
         if not alive:
             deadline = min(deadline, time.monotonic() + after_death)
         try:
-            publisher.drain(training_alive=alive)
+            publisher.drain(training_alive=alive or is_being_trained())
             pause = 0.5
             if outage:
                 logger.info("tracking works again")
@@ -195,11 +224,24 @@ def follow(publisher: Publisher, is_training_alive: Callable[[], bool], *, after
 
 def open_store(uri: str) -> MlflowClient:
     """A client whose store exists. Processes that create one SQLite file at once would destroy it, hence the lock."""
-    client = MlflowClient(tracking_uri=uri)
-    if (database := sqlite_path(uri)) is not None:
-        with locked(database.with_name(database.name + ".lock")):
-            client.search_experiments(max_results=1)
-    return client
+    database = sqlite_path(uri)
+    if database is None:
+        return MlflowClient(tracking_uri=uri)
+    with locked(database.with_name(database.name + ".lock")):
+        return MlflowClient(tracking_uri=uri)  # creates the tables
+
+
+def run_exists(client: MlflowClient, run_id: str) -> bool:
+    """Raises RuntimeError for a run in MLflow's bin, which takes no records."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.get_http_status_code() == 404:
+            return False
+        raise
+    if run.info.lifecycle_stage != "active":
+        raise RuntimeError(f"run {run_id} was deleted; to have it back: mlflow runs restore --run-id {run_id}")
+    return True
 
 
 def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
@@ -224,7 +266,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 def is_refusal(error: MlflowException) -> bool:
     """Whether the server understood and said no, so that asking again will not help."""
-    return error.get_http_status_code() in (400, 404, 413, 422)
+    return error.get_http_status_code() in (400, 413, 422)
 
 
 def _point(record: Record) -> tuple[str, float, int, int]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +24,8 @@ from pipeline.run_folder import RunFolder
 from pipeline.tracking.journal import Journal
 from pipeline.tracking.publisher import Publisher, follow, open_store
 from tests.servers import free_port, mlflow_server
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +153,85 @@ def test_a_store_that_cannot_be_reached_costs_one_line_and_nothing_is_lost(
     assert caplog.text.count("does not work now") == 1
     assert publish(folder, store, lambda: False)
     assert history(store, "train/loss") == [(1, 1.0)]
+
+
+def test_a_store_made_by_three_processes_at_once_is_sound(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    code = (
+        "import sys; from pipeline.tracking.publisher import open_store; open_store(sys.argv[1]).search_experiments()"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, uri], cwd=ROOT) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert [experiment.name for experiment in open_store(uri).search_experiments()] == ["Default"]
+
+
+def test_a_run_that_vanished_from_the_store_is_published_again(
+    migrated: Path, store: str, tmp_path: Path, folder: RunFolder, journal: Journal
+) -> None:
+    journal.metrics({"train/loss": 1.0}, 1)
+    journal.append("status", state="finished")
+    assert publish(folder, store, lambda: False)
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    assert publish(folder, store, lambda: False)
+    assert history(store, "train/loss") == [(1, 1.0)]
+    assert the_run(store).info.status == "FINISHED"
+
+
+def test_a_run_in_mlflows_bin_is_named_and_nothing_is_passed_over(
+    store: str, folder: RunFolder, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("convoy").propagate = True
+    Publisher(folder, store, no_model).drain(training_alive=True)
+    run_id = the_run(store).info.run_id
+    MlflowClient(tracking_uri=store).delete_run(run_id)
+    journal.metrics({"train/loss": 1.0}, 1)
+    journal.append("status", state="finished")
+    assert not publish(folder, store, lambda: False, after_death=1.0)
+    assert f"mlflow runs restore --run-id {run_id}" in caplog.text
+    MlflowClient(tracking_uri=store).restore_run(run_id)
+    assert publish(folder, store, lambda: False)
+    assert history(store, "train/loss") == [(1, 1.0)]
+
+
+def test_what_cannot_be_drawn_or_packaged_holds_up_nothing(
+    store: str, folder: RunFolder, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("convoy").propagate = True
+    (folder.path / "weights.pt").write_bytes(b"weights")
+    journal.append("evaluation", path="nowhere.npz", step=1, class_names=["a"], accuracy=1.0, count=1)
+    journal.append("model", path="weights.pt", sha256=hashlib.sha256(b"weights").hexdigest(), name="none")
+    journal.metrics({"train/loss": 1.0}, 1)
+    journal.append("status", state="finished")
+    assert publish(folder, store, lambda: False)
+    assert "a figure cannot be drawn" in caplog.text
+    assert "the model cannot be logged" in caplog.text
+    assert history(store, "train/loss") == [(1, 1.0)]
+    assert the_run(store).info.status == "FINISHED"
+
+
+def test_a_publisher_left_behind_does_not_end_the_run_of_the_next_attempt(
+    store: str, folder: RunFolder, journal: Journal
+) -> None:
+    """The first attempt's publisher is still at work when the run is resumed and says that it is running."""
+    journal.append("status", state="preempted")
+    old = Publisher(folder, store, no_model)
+    journal.append("status", state="running")
+    assert follow(old, is_parent_alive=lambda: False, is_being_trained=lambda: True)
+    assert the_run(store).info.status == "RUNNING"
+    journal.metrics({"train/loss": 1.0}, 1)
+    alive = iter([True, True, False])
+    assert follow(Publisher(folder, store, no_model), lambda: next(alive), lambda: True)
+    assert list(alive) == []  # it did not end before its own training
+    assert history(store, "train/loss") == [(1, 1.0)]
+
+
+def test_a_publisher_whose_training_died_before_it_began_ends_by_itself(folder: RunFolder, journal: Journal) -> None:
+    """PID 1 stands for whoever inherits the orphans: it is nobody's training."""
+    command = [sys.executable, "-m", "pipeline", "publish", str(folder.path), "--follow", "1"]
+    uri = f"sqlite:///{folder.path / 'mlflow.db'}"
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "MLFLOW_TRACKING_URI": uri}, timeout=90)
+    assert done.returncode == 0
+    assert the_run(uri).info.status == "FAILED"
 
 
 def test_a_server_that_dies_and_comes_back_misses_nothing(

@@ -155,6 +155,15 @@ def test_resuming_is_exact_with_accumulation_and_every_kind_of_optimizer_state(
     assert_same_run(tmp_path / "two", tmp_path / "one_go")
 
 
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_resuming_is_exact_on_any_number_of_ranks(tmp_path: Path, world_size: int) -> None:
+    run(tmp_path / "one_go", world_size=world_size)
+    for at_step in (2, 7, 17):
+        run(tmp_path / "many", world_size=world_size, at_step=at_step, to=(world_size - 1,))
+    run(tmp_path / "many", world_size=world_size)
+    assert_same_run(tmp_path / "many", tmp_path / "one_go")
+
+
 def test_resuming_on_another_number_of_ranks_goes_on_with_the_same_training(tmp_path: Path) -> None:
     exact = ("train.precision=fp64", "model.dropout=0", "model.dropout2d=0")
     run(tmp_path / "one", *exact, world_size=1)

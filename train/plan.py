@@ -1,9 +1,8 @@
-"""Before a training exists: what it would be (`--dry-run`), and how to leave when another rank has the say."""
+"""What a training would be, without starting it: `--dry-run`."""
 
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 from pipeline.config import Config
@@ -12,19 +11,6 @@ from pipeline.models import describe_layers
 from pipeline.precision import choose_precision
 from pipeline.run_folder import slurm_run_name
 from train import build
-
-LAUNCHER_GRACE = 30.0
-"""Seconds; torchrun ends the other ranks within a second of the first failure, and kills after 30."""
-
-
-def await_end(launch: Launch) -> None:
-    """Leave the first word to the rank that has the cause: the launcher ends this one when that has exited.
-
-    Exiting at once could make the launcher end that rank before it has printed. Without a launcher nobody would end
-    this process, so it does not wait.
-    """
-    if launch.run_id is not None and launch.world_size > 1:
-        threading.Event().wait(LAUNCHER_GRACE)
 
 
 def describe_plan(config: Config, launch: Launch, config_name: str) -> str:
