@@ -1,4 +1,4 @@
-"""What only a GPU can show. `pytest -m gpu` on a machine that has one; mlflow is not needed there."""
+"""What only a GPU can show. `pytest tests/test_gpu.py` on a machine that has one; mlflow is not needed there."""
 
 from __future__ import annotations
 
