@@ -7,6 +7,8 @@ import os
 import socket
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous as find_store
 
 T = TypeVar("T")
 LONG_TIMEOUT = timedelta(hours=12)
@@ -196,12 +200,14 @@ def start_rank(
     num_threads = choose_threads(launch, threads)
     torch.set_num_threads(num_threads)
     if launch.world_size > 1:
+        patience = timedelta(seconds=timeout)
+        store, _, _ = next(find_store(rendezvous, launch.rank, launch.world_size, timeout=patience))
         dist.init_process_group(
             backend,
-            init_method=rendezvous,
+            store=meet(store, launch.rank, launch.world_size, timeout),
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=timedelta(seconds=timeout),
+            timeout=patience,
             device_id=chosen if backend == "nccl" else None,
         )
     yield Rank(
@@ -215,6 +221,43 @@ def start_rank(
     )
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def meet(store: Store, rank: int, world_size: int, timeout: float) -> Store:
+    """Collective: every rank must call. A part of `store` that only the ranks of this attempt know.
+
+    torchrun keeps one store over all restarts, in which gloo would find the addresses of ranks that are dead, and wait
+    for them. So every rank says hello with a word of its own, and rank 0 answers with the name of the attempt: an
+    answer to somebody else's hello is of an earlier attempt. Raises TimeoutError after `timeout` seconds.
+    """
+    word, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    missing = set(range(1, world_size)) if rank == 0 else {0}
+    attempt = word
+    if rank != 0:
+        store.set(f"hello/{rank}", word)
+    while missing:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {rank} waited {timeout:g} s in vain for rank(s) {sorted(missing)}")
+        if rank == 0:
+            missing -= {other for other in missing if _welcome(store, other, attempt)}
+        else:
+            hello, _, attempt = _read(store, f"welcome/{rank}").partition(" ")
+            missing = set() if hello == word else {0}
+        time.sleep(0.005 if missing else 0)  # nothing tells when a key of the store changes
+    if rank != 0:
+        store.set(f"seen/{rank}", attempt)
+    return PrefixStore(attempt, store)
+
+
+def _welcome(store: Store, rank: int, attempt: str) -> bool:
+    """Answer a rank's last hello; whether it has seen the answer of this attempt."""
+    if hello := _read(store, f"hello/{rank}"):
+        store.set(f"welcome/{rank}", f"{hello} {attempt}")
+    return _read(store, f"seen/{rank}") == attempt
+
+
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def _start_ticks(pid: int) -> str:

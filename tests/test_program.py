@@ -95,6 +95,9 @@ def test_it_leaves_one_finished_run_with_params_tags_and_dataset(digits: Digits)
     assert run.data.params["data.global_batch_size"] == "32"
     assert {"host", "torch", "mlflow.source.git.commit", "git.dirty"} <= run.data.tags.keys()
     assert (run.data.tags["world_size"], run.data.tags["backend"], run.data.tags["device"]) == ("2", "gloo", "cpu")
+    records = journal(digits.run)
+    assert run.info.start_time == records[0]["timestamp_ms"]
+    assert run.info.end_time == records[-1]["timestamp_ms"]
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "digits"
 
@@ -218,6 +221,13 @@ def test_a_wrong_config_ends_with_2_and_under_torchrun_its_message_comes_once(tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    done = main(tmp_path, *TINY, "run.dir=/proc/runs")
+    assert done.returncode == 1
+    assert "set run.dir to a folder that can be" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 def test_a_dataset_that_cannot_be_had_is_said_once_and_leaves_nothing(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "data.dataset=mnist", "data.download=false", "run.name=none")
     assert done.returncode == 1
@@ -255,6 +265,29 @@ def test_an_exception_on_one_rank_ends_all_and_is_what_the_user_reads(tmp_path: 
     published = tmp_path / "runs" / "failing" / "published.json"
     _wait_for(lambda: published.exists() and '"state": "failed"' in published.read_text())
     assert [run.info.status for run in mlflow_runs(tmp_path)] == ["FAILED"]
+
+
+def test_a_killed_rank_is_restarted_by_torchrun_in_the_same_run(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(
+        f"import os, sys\nsys.path[0] = {str(ROOT)!r}\n"
+        "from train.main import main\nfrom train.step import EagerStep\n"
+        "step = EagerStep.__call__\n"
+        "def kill(self, batch, *, lr, global_step):\n"
+        "    if os.environ['RANK'] == '1' and global_step == 30 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return step(self, batch, lr=lr, global_step=global_step)\n"
+        "EagerStep.__call__ = kill\n"
+        "sys.exit(main())\n"
+    )
+    command = [*TORCHRUN, "--nproc_per_node=3", "--max-restarts=1", str(script), *TINY, "train.epochs=3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continues behind step 20" in done.stdout
+    (run,) = (tmp_path / "runs").iterdir()  # found again without a name
+    points = [r["step"] for r in journal(run) if r.get("key") == "train/loss"]
+    assert points == [10, 20, 30, 40, 50, 60]
+    assert [r.info.status for r in mlflow_runs(tmp_path)] == ["FINISHED"]
 
 
 def test_a_folder_whose_training_is_alive_is_refused_with_its_holder_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from pipeline.checkpoint import Checkpoints, TrainingState, save_atomically
 from pipeline.run_folder import RunFolder, State
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal import Journal, now_ms
 
 
 class RunOutput(Protocol):
@@ -61,5 +61,5 @@ class FolderOutput:
     def set_state(self, state: State) -> None:
         """In status.json for people and scripts, in the journal for MLflow."""
         self.folder.update_status(state=state)
-        self.journal.append("status", state=state)
+        self.journal.append("status", state=state, timestamp_ms=now_ms())
         self.journal.sync()

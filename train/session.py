@@ -16,6 +16,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.distributed import Launch, Rank
 from pipeline.provenance import collect_provenance
 from pipeline.run_folder import (
+    RunError,
     RunFolder,
     changes,
     check_resumable,
@@ -23,7 +24,7 @@ from pipeline.run_folder import (
     training_lock,
     without_credentials,
 )
-from pipeline.tracking.journal import Journal
+from pipeline.tracking.journal import Journal, now_ms
 from pipeline.tracking.process import PublisherProcess
 from train.build import build_checkpoints, build_schedule
 from train.evaluation import Predictions
@@ -65,6 +66,12 @@ class Attempt:
 
     def begin(self, stack: ExitStack) -> Start:
         """Take the folder; `stack` holds its lock. Raises RunError if that is refused, before anything is written."""
+        try:
+            return self._begin(stack)
+        except OSError as error:
+            raise RunError(f"the run cannot be written: {error}; set run.dir to a folder that can be") from error
+
+    def _begin(self, stack: ExitStack) -> Start:
         folder = choose_run(
             self.config, self.config_name, os.environ, self.launch.run_id, is_restart=self.launch.is_restart
         )
@@ -74,7 +81,7 @@ class Attempt:
         state = checkpoints.load_latest()
         check_resumable(folder, self.config, has_checkpoint=state is not None, launch_id=self.launch.run_id)
         if not folder.path.exists():
-            folder.path.mkdir(parents=True)
+            folder.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(training_lock(folder))
         status = folder.status()
         if status.get("state") == "finished" and status.get("epoch", 0) >= self.config.train.epochs:
@@ -101,11 +108,14 @@ class Attempt:
             self._record_new_run(journal, run_id, tags)
             logger.info("run %s: %s", folder.name, os.path.relpath(folder.path))
         else:
-            changed = {key: now for key, _, now in changes(folder, self.config)}
+            changed = changes(folder, self.config)
             number = journal.num_attempts
-            journal.append("tags", values={f"resume.{number}.{k}": str(v) for k, v in (tags | changed).items()})
+            values = tags | {key: now for key, _, now in changed}
+            journal.append("tags", values={f"resume.{number}.{key}": str(value) for key, value in values.items()})
             step = state.position.global_step if state else 0
             logger.info("run %s continues behind step %d: %s", folder.name, step, os.path.relpath(folder.path))
+            for key, before, now in changed:
+                logger.info("  from here on with %s=%s, which was %s", key, now, before)
         temporary = folder.config.with_name(".writing-config.yaml")
         temporary.write_text(self.config.to_yaml())
         temporary.replace(folder.config)
@@ -130,7 +140,8 @@ class Attempt:
         sizes = {"num_train": info.train_size, "num_eval": info.eval_size}
         journal.append_all(
             [
-                {"kind": "run", "run_id": run_id, "name": folder.name, "experiment": experiment, "tracking_uri": uri},
+                {"kind": "run", "run_id": run_id, "name": folder.name, "experiment": experiment, "tracking_uri": uri}
+                | {"timestamp_ms": now_ms()},
                 {"kind": "params", "values": params},
                 {"kind": "tags", "values": tags},
                 {"kind": "dataset", "name": info.name, "digest": self.dataset.digest, "source": info.source, **sizes},

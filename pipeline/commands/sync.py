@@ -37,5 +37,6 @@ def _sync(folder: RunFolder, uri: str | None) -> int:
         return 1
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or run["tracking_uri"]
     published = publish(folder, uri, lambda: False)
-    print(f"{folder.path}: {'published' if published else 'NOT published'} to {without_credentials(uri)}")
+    outcome = "published" if published else "NOT published (give --uri for another server)"
+    print(f"{folder.path}: {outcome} to {without_credentials(uri)}")
     return 0 if published else 1

@@ -143,7 +143,7 @@ def _read_overrides(overrides: Sequence[str], problems: list[Problem]) -> dict[s
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            problems.append(Problem((key,), f"{override}: is not key=value{_nearest(key)}"))
+            problems.append(Problem((key,), f"{override}: is not key=value{_suggest_form(override)}"))
         elif key in SECTIONS:
             problems.append(Problem((key,), f"{override}: {key} is a section; accepted: {_keys_of(key)}"))
         else:
@@ -156,6 +156,12 @@ def _only_known(texts: Mapping[str, Any], problems: list[Problem]) -> dict[str, 
         problems.append(Problem((key,), f"{key} = {texts[key]}: unknown key{_nearest(key)}"))
     problems.sort(key=lambda problem: problem.keys)
     return {key: text for key, text in texts.items() if key in FIELDS}
+
+
+def _suggest_form(argument: str) -> str:
+    if argument.endswith((".yaml", ".yml")):
+        return f"; did you mean --config {argument}?"
+    return f"; did you mean {argument}=<value>?" if argument in FIELDS else _nearest(argument)
 
 
 def _keys_of(section: str) -> str:

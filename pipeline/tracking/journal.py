@@ -2,14 +2,14 @@
 
 Every line has `v` (1) and `kind`:
 
-    run         run_id, name, experiment, tracking_uri: first of the file, once
+    run         run_id, name, experiment, tracking_uri, timestamp_ms: first of the file, once
     params      values: {dotted key: value}
     tags        values: {key: value}
     dataset     name, digest, source, num_train, num_eval
     metric      key, value, step, timestamp_ms
     evaluation  path of an .npz in the run folder: what the figures are drawn from
     model       path of the weights in the run folder, and all it takes to rebuild the network
-    status      state: running, finished, preempted or failed
+    status      state (running, finished, preempted or failed), timestamp_ms
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Journal:
         MLflow keeps a point for every value and time given to one step, for good, so the first must be the only one.
         A value that is not finite is recorded as `<key>_nonfinite` = 1: MLflow's page breaks on NaN.
         """
-        timestamp_ms = time.time_ns() // 1_000_000
+        timestamp_ms = now_ms()
         lines = []
         for key, value in values.items():
             name, number = clean_name(key), float(value)
@@ -80,6 +80,11 @@ class Journal:
     def close(self) -> None:
         self.sync()
         os.close(self._file)
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970, as MLflow has times."""
+    return time.time_ns() // 1_000_000
 
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:

@@ -88,7 +88,7 @@ class Publisher:
                 case "model":
                     self._publish_model(client, record)
                 case "status":
-                    self._show_state(client, record["state"])
+                    self._show_state(client, record["state"], record.get("timestamp_ms"))
                     self._progress["state"] = record["state"]
 
     def _publish_model(self, client: MlflowClient, record: Record) -> None:
@@ -127,7 +127,8 @@ class Publisher:
             run_id = found[0].info.run_id
         else:
             tags = {RUN_ID_TAG: run["run_id"], "mlflow.source.name": "convoy", "mlflow.source.type": "LOCAL"}
-            run_id = client.create_run(experiment_id, run_name=run["name"], tags=tags).info.run_id
+            start = run.get("timestamp_ms")  # of the training, however late it is published
+            run_id = client.create_run(experiment_id, start, tags, run["name"]).info.run_id
         self._store_progress(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
         self._folder.update_status(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
 
@@ -160,12 +161,12 @@ class Publisher:
         for figure in figures:
             client.log_artifact(self._run_id, str(figure), "figures")
 
-    def _show_state(self, client: MlflowClient, state: str) -> None:
+    def _show_state(self, client: MlflowClient, state: str, end_time: int | None = None) -> None:
         if state == "running":
             client.update_run(self._run_id, status=MLFLOW_STATUS[state])
         else:
             self._log_figures(client, partial(draw_history, self._folder))
-            client.set_terminated(self._run_id, MLFLOW_STATUS[state])
+            client.set_terminated(self._run_id, MLFLOW_STATUS[state], end_time)
 
     def _read_progress(self) -> Record:
         try:
