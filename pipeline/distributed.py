@@ -237,7 +237,10 @@ def meet(store: Store, rank: int, world_size: int, timeout: float) -> Store:
         store.set(f"hello/{rank}", word)
     while missing:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"rank {rank} waited {timeout:g} s in vain for rank(s) {sorted(missing)}")
+            raise TimeoutError(
+                f"rank {rank} waited {timeout:g} s in vain for rank(s) {sorted(missing)}: were they started, "
+                "and do their nodes reach MASTER_ADDR?"
+            )
         if rank == 0:
             missing -= {other for other in missing if _welcome(store, other, attempt)}
         else:

@@ -6,11 +6,13 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from pipeline.distributed import (
     Launch,
@@ -18,6 +20,7 @@ from pipeline.distributed import (
     choose_device,
     choose_threads,
     is_lost_connection,
+    meet,
     start_logging,
     start_rank,
 )
@@ -245,3 +248,28 @@ def test_the_first_rank_says_all_and_the_others_only_warn(capsys: pytest.Capture
     plain = "information\na warning\n"
     assert capsys.readouterr().out == f"{plain}[rank 3 on {socket.gethostname()}] WARNING a warning\n{plain}"
     assert (list(root.handlers), root.level) == before
+
+
+def meet_all(store: Store, world_size: int) -> list[Store]:
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(lambda rank: meet(store, rank, world_size, timeout=20.0), range(world_size)))
+
+
+def test_ranks_meet_past_what_dead_ranks_left_in_the_store() -> None:
+    store = HashStore()
+    for key, value in {"hello/1": "dead", "welcome/1": "dead old", "seen/1": "old", "hello/2": "dead"}.items():
+        store.set(key, value)
+    first = meet_all(store, 3)
+    first[0].set("address", "here")
+    assert [room.get("address") for room in first] == [b"here"] * 3
+    second = meet_all(store, 3)  # restarted: what the first attempt left is not seen
+    assert not any(room.check(["address"]) for room in second)
+    second[2].set("address", "there")
+    assert second[0].get("address") == b"there"
+    assert first[0].get("address") == b"here"
+
+
+@pytest.mark.parametrize(("rank", "missing"), [(0, "1, 2"), (2, "0")])
+def test_a_rank_that_waits_in_vain_says_for_whom(rank: int, missing: str) -> None:
+    with pytest.raises(TimeoutError, match=rf"rank {rank} waited 0\.1 s in vain for rank\(s\) \[{missing}\]"):
+        meet(HashStore(), rank, 3, timeout=0.1)
