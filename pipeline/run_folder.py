@@ -227,8 +227,8 @@ def changes(folder: RunFolder, config: Config) -> list[tuple[str, Any, Any]]:
 
 
 def without_credentials(uri: str) -> str:
-    """The URI as it may be written down and shown."""
-    return re.sub(r"(?<=//)[^/?#]*@", "", uri)
+    """A URI, or a text with URIs, as it may be written down and shown."""
+    return re.sub(r"(?<=//)[^/?#\s]*@", "", uri)
 
 
 def _known(name: str, section: Any) -> Any:

@@ -92,8 +92,9 @@ class Publisher:
                     self._progress["state"] = record["state"]
 
     def _publish_model(self, client: MlflowClient, record: Record) -> None:
-        if file_digest(self._folder.path / record["path"]) != record["sha256"]:
-            logger.info("%s was replaced by a later one, which is what is logged", record["path"])
+        weights = self._folder.path / record["path"]
+        if not weights.is_file() or file_digest(weights) != record["sha256"]:
+            logger.warning("%s is gone, or was replaced by a later one: not logged", record["path"])
             return
         try:
             model = self._load_model(self._folder.path, record)
@@ -112,7 +113,9 @@ class Publisher:
         if self._client is None:
             client = open_store(self._uri)
             if "mlflow_run_id" in self._progress and not run_exists(client, self._run_id):
-                logger.warning("run %s is not in %s any more: publishing all again", self._run_id, self._uri)
+                logger.warning(
+                    "run %s is not in %s any more: publishing all again", self._run_id, without_credentials(self._uri)
+                )
                 self._progress = {"offset": 0}
             if "mlflow_run_id" not in self._progress:
                 self._find_or_create_run(client)
@@ -216,7 +219,8 @@ def follow(
                 return True
         except Exception as error:  # whatever it is, the run folder has everything and the training goes on
             if not outage:
-                logger.warning("tracking does not work now, will be tried again: %s: %s", type(error).__name__, error)
+                reason = without_credentials(f"{type(error).__name__}: {error}")
+                logger.warning("tracking does not work now, will be tried again: %s", reason)
             outage, pause = True, min(pause * 2, 10.0)
         if time.monotonic() + pause > deadline:
             return False
