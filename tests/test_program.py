@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -35,6 +36,29 @@ def torchrun(folder: Path, *arguments: str, ranks: int = 2, script: Path = MAIN)
 def main(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(MAIN), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+def main_with_fault(folder: Path, fault: str) -> Path:
+    """A script that is train/main.py, but for lines of code that run before each step."""
+    script = folder / "main_with_fault.py"
+    script.write_text(
+        f"""
+import os, pathlib, sys, time
+sys.path[0] = {str(ROOT)!r}
+from train.main import main
+from train.step import EagerStep
+
+step, rank = EagerStep.__call__, int(os.environ["RANK"])
+
+def step_with_fault(self, batch, *, lr, global_step):
+{textwrap.indent(textwrap.dedent(fault), "    ")}
+    return step(self, batch, lr=lr, global_step=global_step)
+
+EagerStep.__call__ = step_with_fault
+sys.exit(main())
+"""
+    )
+    return script
 
 
 def journal(run: Path) -> list[dict[str, Any]]:
@@ -238,20 +262,15 @@ def test_a_dataset_that_cannot_be_had_is_said_once_and_leaves_nothing(tmp_path: 
 
 
 def test_an_exception_on_one_rank_ends_all_and_is_what_the_user_reads(tmp_path: Path) -> None:
-    script = tmp_path / "failing.py"
-    script.write_text(
-        f"import os, sys, time\nsys.path[0] = {str(ROOT)!r}\n"
-        "from train.main import main\nfrom train.step import EagerStep\n"
-        "step = EagerStep.__call__\n"
-        "def fail(self, batch, *, lr, global_step):\n"
-        "    if os.environ['RANK'] == '2' and global_step == 15:\n"
-        "        time.sleep(2)  # so that the launcher's signal comes before the loss of the connection is seen\n"
-        "    if os.environ['RANK'] == '1' and global_step == 15:\n"
-        f"        open({str(tmp_path / 'cause')!r}, 'w').write(str(time.time()))\n"
-        "        raise ArithmeticError('the cause')\n"
-        "    return step(self, batch, lr=lr, global_step=global_step)\n"
-        "EagerStep.__call__ = fail\n"
-        "sys.exit(main())\n"
+    script = main_with_fault(
+        tmp_path,
+        f"""
+        if rank == 2 and global_step == 15:
+            time.sleep(2)  # so that the launcher's signal comes before the loss of the connection is seen
+        if rank == 1 and global_step == 15:
+            pathlib.Path({str(tmp_path / "cause")!r}).write_text(str(time.time()))
+            raise ArithmeticError("the cause")
+        """,
     )
     done = torchrun(tmp_path, *TINY, "run.name=failing", "train.hang_timeout=100", ranks=3, script=script)
     failed = json.loads((tmp_path / "cause").read_text())
@@ -268,17 +287,12 @@ def test_an_exception_on_one_rank_ends_all_and_is_what_the_user_reads(tmp_path: 
 
 
 def test_a_killed_rank_is_restarted_by_torchrun_in_the_same_run(tmp_path: Path) -> None:
-    script = tmp_path / "killed.py"
-    script.write_text(
-        f"import os, sys\nsys.path[0] = {str(ROOT)!r}\n"
-        "from train.main import main\nfrom train.step import EagerStep\n"
-        "step = EagerStep.__call__\n"
-        "def kill(self, batch, *, lr, global_step):\n"
-        "    if os.environ['RANK'] == '1' and global_step == 30 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os.kill(os.getpid(), 9)\n"
-        "    return step(self, batch, lr=lr, global_step=global_step)\n"
-        "EagerStep.__call__ = kill\n"
-        "sys.exit(main())\n"
+    script = main_with_fault(
+        tmp_path,
+        """
+        if rank == 1 and global_step == 30 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), 9)
+        """,
     )
     command = [*TORCHRUN, "--nproc_per_node=3", "--max-restarts=1", str(script), *TINY, "train.epochs=3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
