@@ -128,7 +128,10 @@ def training_lock(folder: RunFolder) -> Iterator[None]:
 
 
 def is_being_trained(folder: RunFolder) -> bool:
-    """Whether another process holds the training lock. Only asks: taking it could refuse a training that starts."""
+    """Whether another process holds the training lock. Only asks: taking it could refuse a training that starts.
+
+    Not for the training itself, which would lose its POSIX lock by closing the file a second time.
+    """
     question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
     try:
         with _lock_path(folder).open("a+") as file:

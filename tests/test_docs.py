@@ -53,6 +53,13 @@ def test_every_recipe_is_in_the_readme_with_the_accuracy_that_its_header_states(
         assert row.split("|")[3].strip() == str(epochs)
 
 
+def test_the_design_names_every_module_there_is_and_no_other() -> None:
+    parts = (ROOT / "docs" / "design.md").read_text().partition("## The decisions")[0]
+    named = set(re.findall(r"\b([a-z_]+\.py)\b", parts))
+    existing = {path.name for folder in ("train", "pipeline") for path in (ROOT / folder).glob("*.py")}
+    assert named - {"test_imports.py"} == existing - {"__init__.py", "__main__.py"}
+
+
 def test_the_run_folder_is_as_the_readme_shows_it() -> None:
     folder = RunFolder(Path("runs/name"))
     for path in (folder.config, folder.journal, folder.checkpoints, folder.figures):
