@@ -1,12 +1,13 @@
 """A dataset's name -> its images and labels as uint8 and int64 tensors, verified before they are used.
 
-`prepare_dataset` (one process per node) makes a dataset present, `load_dataset` (every rank) only reads. The
+`prepare_dataset` makes a dataset present, `load_dataset` only reads it, `obtain_dataset` does both at one reading. The
 layout on disk is torchvision's: `MNIST/raw/train-images-idx3-ubyte`, `cifar-10-batches-py/data_batch_1`...
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "DatasetInfo",
     "ImageSet",
     "load_dataset",
+    "obtain_dataset",
     "prepare_dataset",
     "synthetic_info",
 ]
@@ -67,6 +69,17 @@ class Dataset:
     evaluation: ImageSet
     digest: str
     """16 hex digits that change when the data or their size do, the same on every machine."""
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A dataset as it is stored, whatever the size of its images."""
+
+    train: ImageSet
+    """Of digits the images are floats in 0..255, to be rounded only once."""
+    evaluation: ImageSet
+    checksums: Sequence[str]
+    """SHA-256 of each part, in a fixed order: of the files, where these were hashed to be verified."""
 
 
 _DIGIT_NAMES = tuple("0123456789")
@@ -140,7 +153,7 @@ def synthetic_info(*, channels: int, num_classes: int, image_size: int, train_si
 
 
 def prepare_dataset(info: DatasetInfo, root: Path, *, download: bool) -> None:
-    """Make the dataset present under `root` and verify it. One process per node calls this, then all load it.
+    """Make the dataset present under `root` and verify it.
 
     Nothing is written if it is complete. Any number of processes may do the same at once, and what is
     downloaded is verified before it gets its name. Raises DataError if the dataset is absent, damaged or
@@ -162,23 +175,33 @@ def prepare_dataset(info: DatasetInfo, root: Path, *, download: bool) -> None:
         raise _absent_error(info, root, f"they could not be stored: {error}") from error
 
 
-def load_dataset(info: DatasetInfo, root: Path, *, image_size: int | None, seed: int = 0) -> Dataset:
+def obtain_dataset(info: DatasetInfo, root: Path, *, download: bool, image_size: int | None, seed: int = 0) -> Dataset:
+    """As `prepare_dataset` and then `load_dataset`, but each file that is there is read and hashed only once."""
+    if info.name not in _MADE_HERE and _stored(info, root).absent():
+        prepare_dataset(info, root, download=download)
+    return load_dataset(info, root, image_size=image_size, seed=seed, verify=True)
+
+
+def load_dataset(
+    info: DatasetInfo, root: Path, *, image_size: int | None, seed: int = 0, verify: bool = False
+) -> Dataset:
     """Read what `prepare_dataset` left under `root`, resized to `image_size` pixels a side if given.
 
-    Writes nothing. `seed` matters to the synthetic dataset alone. Raises DataError if files are absent or
-    damaged.
+    Writes nothing. `seed` matters to the synthetic dataset alone. With `verify`, the checksums are checked as
+    `prepare_dataset` does. Raises DataError if files are absent or damaged.
     """
     size = info.image_size if image_size is None else image_size
     if size < 1:
         raise DataError(f"data.image_size={size}: accepted are 1 and more, or null for the dataset's own.")
-    train, evaluation = _read(info, root, seed)
-    assert (len(train.labels), len(evaluation.labels)) == (info.train_size, info.eval_size), info
+    content = _read(info, root, seed, verify=verify)
+    sizes = len(content.train.labels), len(content.evaluation.labels)
+    assert sizes == (info.train_size, info.eval_size), info
     return Dataset(
         info=replace(info, image_size=size),
-        train=_resize(train, size, antialias=info.name != "digits"),
-        evaluation=_resize(evaluation, size, antialias=info.name != "digits"),
+        train=_resize(content.train, size, antialias=info.name != "digits"),
+        evaluation=_resize(content.evaluation, size, antialias=info.name != "digits"),
         # Of the images as stored: resizing computes in floats, whose last bits may differ between processors.
-        digest=_digest(size, train, evaluation),
+        digest=hashlib.sha256(" ".join([str(size), *content.checksums]).encode()).hexdigest()[:16],
     )
 
 
@@ -220,16 +243,22 @@ def _absent_error(info: DatasetInfo, root: Path, reason: str) -> DataError:
     return DataError("\n".join([problem, "Ways out:", *ways_out]))
 
 
-def _read(info: DatasetInfo, root: Path, seed: int) -> tuple[ImageSet, ImageSet]:
-    """The images as stored, whatever their size; digits as floats in 0..255, to be rounded only once."""
+def _read(info: DatasetInfo, root: Path, seed: int, *, verify: bool) -> _Content:
     if info.name == "digits":
-        return _read_digits(info)
+        return _checksummed(*_read_digits(info))
     if info.name == "synthetic":
-        return _make_synthetic(info, seed)
+        return _checksummed(*_make_synthetic(info, seed))
     stored = _stored(info, root)
     if stored.absent():
         raise _absent_error(info, root, "they must be prepared first")
-    train_images, train_labels, eval_images, eval_labels = stored.read()
+    if isinstance(stored, CifarFolder):
+        return _checksummed(*_image_sets(info, stored.read()))  # which torchvision never reads unverified
+    files = stored.read(verify=verify)
+    return _Content(*_image_sets(info, [file.values for file in files]), [file.sha256 for file in files])
+
+
+def _image_sets(info: DatasetInfo, arrays: Sequence[npt.NDArray[Any]]) -> tuple[ImageSet, ImageSet]:
+    train_images, train_labels, eval_images, eval_labels = arrays
     return _image_set(info, train_images, train_labels), _image_set(info, eval_images, eval_labels)
 
 
@@ -252,7 +281,7 @@ def _read_digits(info: DatasetInfo) -> tuple[ImageSet, ImageSet]:
     images, labels = (digits.images * (255 / 16)).astype(np.float32), digits.target  # stored as 0..16
     parts = train_test_split(images, labels, test_size=info.eval_size, random_state=0, stratify=labels)
     train_images, eval_images, train_labels, eval_labels = parts
-    return _image_set(info, train_images, train_labels), _image_set(info, eval_images, eval_labels)
+    return _image_sets(info, [train_images, train_labels, eval_images, eval_labels])
 
 
 def _make_synthetic(info: DatasetInfo, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -293,9 +322,12 @@ def _resize(images: ImageSet, size: int, *, antialias: bool) -> ImageSet:
     return ImageSet(resized, images.labels)
 
 
-def _digest(size: int, *sets: ImageSet) -> str:
-    digest = hashlib.sha256(str(size).encode())
-    for tensor in (tensor for images in sets for tensor in (images.images, images.labels)):
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()[:16]
+def _checksummed(train: ImageSet, evaluation: ImageSet) -> _Content:
+    tensors = (train.images, train.labels, evaluation.images, evaluation.labels)
+    return _Content(train, evaluation, [_checksum(tensor) for tensor in tensors])
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
+    digest.update(tensor.numpy().data)
+    return digest.hexdigest()

@@ -21,6 +21,7 @@ Bytes = npt.NDArray[np.uint8]
 # An IDX header is a magic number (0x08 for "unsigned bytes", then the number of dimensions) and each
 # dimension, as big-endian integers of four bytes (http://yann.lecun.com/exdb/mnist/).
 _UNSIGNED_BYTES = 0x0800
+_UNPACK_CHUNK_BYTES = 2**20
 
 TORCHVISION_NAMES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 """Name of a dataset -> its class in torchvision, which is also its folder under the root."""
@@ -57,7 +58,7 @@ class IdxFile:
     num_classes: int | None = None
     """Of labels: each must be below it."""
     sha256: str | None = None
-    """Of the plain content, where it is known."""
+    """Of the plain content, where it is published."""
 
     @property
     def magic(self) -> int:
@@ -70,6 +71,16 @@ class IdxFile:
     @property
     def total_bytes(self) -> int:
         return self.header_bytes + math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class IdxContent:
+    """What an IDX file holds."""
+
+    values: Bytes
+    """Of shape `IdxFile.shape`, writable."""
+    sha256: str
+    """Of the plain content, header included, also where the file is packed."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +101,7 @@ class IdxFolder:
         """Check all that is known of the files that are there. Raises DataError."""
         for file in self.files:
             if path := self._find(file):
-                verify_idx(path, file)
-                if file.sha256 is None and path.suffix == ".gz":
-                    check_md5(path, self._archives()[path.name])
+                self._read_verified(path, file)
 
     def fetch(self, names: Sequence[str]) -> None:
         """Download files into `folder`. Raises DataError with what the mirrors answered."""
@@ -101,9 +110,21 @@ class IdxFolder:
             archive = f"{name}.gz"
             fetch_archive([mirror + archive for mirror in mirrors], self._archives()[archive], self.folder)
 
-    def read(self) -> list[Bytes]:
-        """The content of each of `files`, in their order; none may be absent. Raises DataError."""
-        return [read_idx(self._find(file) or self.folder / file.name, file) for file in self.files]
+    def read(self, *, verify: bool) -> list[IdxContent]:
+        """The content of each of `files`, in their order; none may be absent. Raises DataError.
+
+        With `verify` all that is known of them is checked on the way, else what can be told without checksums.
+        """
+        read = self._read_verified if verify else read_idx
+        return [read(self._find(file) or self.folder / file.name, file) for file in self.files]
+
+    def _read_verified(self, path: Path, file: IdxFile) -> IdxContent:
+        content = read_idx(path, file)
+        if file.sha256 is not None and content.sha256 != file.sha256:
+            raise damaged(path, f"SHA-256 {content.sha256}", file.sha256)
+        if file.sha256 is None and path.suffix == ".gz":
+            check_md5(path, self._archives()[path.name])
+        return content
 
     def _find(self, file: IdxFile) -> Path | None:
         names = (file.name, f"{file.name}.gz")
@@ -136,8 +157,8 @@ def idx_folder(name: str, root: Path, *, sizes: tuple[int, int], image_size: int
     return IdxFolder(TORCHVISION_NAMES[name], tuple(files), folder, elsewhere)
 
 
-def read_idx(path: Path, file: IdxFile) -> Bytes:
-    """The values of an IDX file: uint8 of shape `file.shape`, writable.
+def read_idx(path: Path, file: IdxFile) -> IdxContent:
+    """The content of an IDX file and its SHA-256, whatever that is.
 
     Raises DataError unless magic number, dimensions, size to the byte and range of labels are as expected.
     """
@@ -146,18 +167,7 @@ def read_idx(path: Path, file: IdxFile) -> Bytes:
     values = content[file.header_bytes :].reshape(file.shape)
     if file.num_classes is not None:
         _check_labels(path, values, file.num_classes)
-    return values
-
-
-def verify_idx(path: Path, file: IdxFile) -> None:
-    """All that `read_idx` checks, and the SHA-256 of the content if it is known. Raises DataError."""
-    values = read_idx(path, file)
-    if file.sha256 is not None:
-        header = np.array([file.magic, *file.shape], dtype=">u4").tobytes()
-        digest = hashlib.sha256(header)
-        digest.update(values.data)
-        if digest.hexdigest() != file.sha256:
-            raise damaged(path, f"SHA-256 {digest.hexdigest()}", file.sha256)
+    return IdxContent(values, hashlib.sha256(content.data).hexdigest())
 
 
 def _read_content(path: Path, file: IdxFile) -> Bytes:
@@ -166,12 +176,20 @@ def _read_content(path: Path, file: IdxFile) -> Bytes:
     try:
         if path.suffix == ".gz":
             with gzip.open(path) as packed:
-                return np.frombuffer(bytearray(packed.read(limit)), dtype=np.uint8)
+                return _unpack(packed, limit)
         return np.fromfile(path, dtype=np.uint8, count=limit)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise damaged(path, str(error), "a whole gzip file") from error
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def _unpack(packed: gzip.GzipFile, limit: int) -> Bytes:
+    """Chunk by chunk into its place: to read all at once would hold the content twice."""
+    content, size = np.empty(limit, dtype=np.uint8), 0
+    while count := packed.readinto(content[size : size + _UNPACK_CHUNK_BYTES].data):
+        size += count
+    return content[:size]
 
 
 def _check_header_and_size(path: Path, file: IdxFile, content: Bytes) -> None:

@@ -35,6 +35,7 @@ from pipeline.data.datasets import (
     DatasetInfo,
     ImageSet,
     load_dataset,
+    obtain_dataset,
     prepare_dataset,
     synthetic_info,
 )
@@ -82,6 +83,9 @@ class Tiny:
 
     def load(self, image_size: int | None = None) -> Dataset:
         return load_dataset(self.info, self.root, image_size=image_size)
+
+    def obtain(self, *, download: bool = False) -> Dataset:
+        return obtain_dataset(self.info, self.root, download=download, image_size=None)
 
     def refusal(self, function: Callable[[], object]) -> str:
         with pytest.raises(DataError) as caught:
@@ -564,6 +568,54 @@ class TestDownload:
         process.join(30)
 
 
+class TestObtaining:
+    """Preparing and loading in one."""
+
+    def test_gives_what_preparing_and_loading_gives(self, tiny: Tiny) -> None:
+        tiny.write()
+        tiny.prepare()
+        obtained, loaded = tiny.obtain(), tiny.load()
+        assert (obtained.info, obtained.digest) == (loaded.info, loaded.digest)
+        for ours, theirs in ((obtained.train, loaded.train), (obtained.evaluation, loaded.evaluation)):
+            assert torch.equal(ours.images, theirs.images)
+            assert torch.equal(ours.labels, theirs.labels)
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_reads_each_file_once(self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+        tiny.write(packed=packed)
+        opened: Counter[str] = Counter()
+        read = idx._read_content
+
+        def counted(path: Path, file: idx.IdxFile) -> idx.Bytes:
+            opened[file.name] += 1
+            return read(path, file)
+
+        monkeypatch.setattr(idx, "_read_content", counted)
+        tiny.obtain()
+        assert opened == Counter(FILES)
+
+    @pytest.mark.parametrize("name", FILES)
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_refuses_a_flipped_bit(self, tiny: Tiny, name: str, packed: bool) -> None:
+        tiny.contents[name] = flip(tiny.contents[name], 9 if "labels" in name else 99)
+        tiny.write(packed=packed)
+        message = tiny.refusal(tiny.obtain)
+        assert str(tiny.folder / name) in message
+        assert "SHA-256" in message
+
+    def test_refuses_packed_kmnist_with_another_md5_than_published(self, tmp_path: Path) -> None:
+        tiny = make_tiny("kmnist", tmp_path)
+        tiny.write(packed=True)
+        assert "MD5" in tiny.refusal(tiny.obtain)
+
+    def test_fetches_what_is_absent_if_it_may(self, published: Tiny, mirror: Mirror) -> None:
+        published.write()
+        (published.folder / LABELS).unlink()
+        assert "data.download=false" in published.refusal(published.obtain)
+        assert len(published.obtain(download=True).train.labels) == 20
+        assert set(mirror.requests) == {f"{LABELS}.gz"}
+
+
 class TestCifar10:
     """A tiny archive in the real one's form, its checksums put in the place of the published ones."""
 
@@ -621,6 +673,8 @@ class TestCifar10:
             prepare_dataset(self.info, tmp_path, download=True)
         with pytest.raises(DataError, match=r"data_batch_3 is damaged: MD5"):
             load_dataset(self.info, tmp_path, image_size=None)
+        with pytest.raises(DataError, match=r"data_batch_3 is damaged: MD5"):
+            obtain_dataset(self.info, tmp_path, download=True, image_size=None)
 
 
 class TestRealData:
