@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.distributed import Rank
+from pipeline.distributed import PendingSum, Rank
+
+
+@dataclass(frozen=True)
+class Record:
+    """Of all ranks, over the steps since the record before."""
+
+    metrics: dict[str, float]
+    votes: float
+    """How many ranks voted yes."""
+    rows: list[list[float]]
+    """What each rank added of its own, by rank."""
+
+
+class PendingRecord:
+    """A record on its way over the ranks to the host."""
+
+    def __init__(self, pending: PendingSum, count: int, world_size: int):
+        self._pending = pending
+        self._count = max(1, count)
+        self._world_size = world_size
+
+    def result(self) -> Record:
+        """Waits until it is there."""
+        loss, correct, votes, *flat = self._pending.values()
+        width = len(flat) // self._world_size
+        rows = [flat[i * width : (i + 1) * width] for i in range(self._world_size)]
+        return Record({"train/loss": loss / self._count, "train/accuracy": correct / self._count}, votes, rows)
 
 
 class TrainMeter:
@@ -18,22 +46,24 @@ class TrainMeter:
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._count = 0
 
-    def add(self, loss_sum: Tensor, num_correct: Tensor, count: int) -> None:
-        """`loss_sum` and `num_correct` are of this rank; `count` is of all ranks, known without asking them."""
-        self._sums += torch.stack((loss_sum, num_correct)).to(torch.float64)
+    def add(self, sums: Tensor, count: int) -> None:
+        """`sums`, float64 [loss, correct], are of this rank; `count` is of all ranks, known without asking them."""
+        self._sums += sums
         self._count += count
 
-    def reduce(self, rank: Rank, vote: bool) -> tuple[dict[str, float], bool]:
-        """Collective: every rank must call. Metrics over all ranks, then reset; and whether any rank votes yes.
+    def reduce(self, rank: Rank, vote: bool, row: Sequence[float] = ()) -> PendingRecord:
+        """Collective: every rank must call. Begin a record over all ranks, and reset.
 
-        The vote rides along so that a decision costs no collective of its own.
+        A vote and a row of numbers of each rank ride along, so that neither costs a collective of its own.
         """
-        mine = torch.tensor([float(vote)], dtype=torch.float64, device=self._sums.device)
-        loss, correct, yes = rank.reduce_sum(torch.cat((self._sums, mine))).tolist()
-        count = max(1, self._count)
+        own = torch.zeros(1 + rank.world_size * len(row), dtype=torch.float64)
+        own[0] = float(vote)
+        own[1 + rank.rank * len(row) : 1 + (rank.rank + 1) * len(row)] = torch.tensor(row, dtype=torch.float64)
+        pending = rank.reduce_sum_later(torch.cat((self._sums, own.to(self._sums.device, non_blocking=True))))
+        record = PendingRecord(pending, self._count, rank.world_size)
         self._sums.zero_()
         self._count = 0
-        return {"train/loss": loss / count, "train/accuracy": correct / count}, yes > 0
+        return record
 
     def state(self, rank: Rank) -> dict[str, Any]:
         """Collective: every rank must call. What a checkpoint keeps of a record that is not complete yet.

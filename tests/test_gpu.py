@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.communication import average_gradients
+from pipeline.distributed import Launch, Rank, start_rank
+from tests.train.helpers import config_of, flat_weights, make_trainer
+from train.static_step import StaticStep
+from train.step import EagerStep
+from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 SYNTHETIC = (
@@ -34,6 +48,17 @@ def train(folder: Path, name: str, *settings: str, ranks: int = 1) -> list[dict[
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(line) for line in (folder / "runs" / name / "journal.jsonl").read_text().splitlines()]
     return [record for record in records if record["kind"] == "metric"]
+
+
+def on_gpu(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(rank, *arguments)` in a process of its own: the tests' own must not touch CUDA, it forks."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_with_rank, (function, arguments))
+
+
+def _with_rank(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    with start_rank(Launch(), device="cuda") as rank:
+        return function(rank, *arguments)
 
 
 def losses(metrics: list[dict[str, float | str]]) -> list[float]:
@@ -73,3 +98,123 @@ def test_more_ranks_than_gpus_are_explained(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "two ranks on one GPU cannot use NCCL" in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_step_is_captured_and_its_times_are_known(tmp_path: Path) -> None:
+    names = {record["key"] for record in train(tmp_path, "captured")}
+    assert "time/graph_ms" in names
+    assert "time/backward_ms" not in names
+    assert '"step":"CUDA graph"' in (tmp_path / "runs" / "captured" / "journal.jsonl").read_text()
+    eager = {record["key"] for record in train(tmp_path, "eager", "train.cuda_graph=never")}
+    assert {"time/forward_ms", "time/backward_ms", "time/update_ms"} <= eager
+
+
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adadelta")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("model", ["convnet", "net_conv10_20"])
+def test_a_captured_step_trains_as_an_eager_one_dropout_included(optimizer: str, model: str) -> None:
+    captured, eager = on_gpu(_train_both_ways, optimizer, model)
+    torch.testing.assert_close(captured, eager, rtol=1e-3, atol=1e-5)
+
+
+def _train_both_ways(rank: Rank, optimizer: str, model: str) -> tuple[torch.Tensor, torch.Tensor]:
+    results = []
+    momentum = ("optim.momentum=0.9",) if optimizer == "sgd" else ()
+    for way in ("auto", "never"):
+        settings = (*SYNTHETIC, f"optim.name={optimizer}", "optim.lr=0.003", *momentum, f"model.name={model}")
+        trainer, _ = make_trainer(rank, config_of(*settings, "train.precision=fp32", f"train.cuda_graph={way}"), 320)
+        assert isinstance(trainer.step, StaticStep if way == "auto" else EagerStep)
+        trainer.schedule = replace(trainer.schedule, total_steps=5)
+        trainer.step.prepare()
+        trainer.train_epoch()
+        results.append(flat_weights(trainer).cpu())
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_capturing_leaves_weights_and_optimizer_as_they_were(optimizer: str) -> None:
+    for before, after in on_gpu(_capture_in_the_middle, optimizer):
+        assert torch.equal(before, after)
+
+
+def _capture_in_the_middle(rank: Rank, optimizer: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    trainer, recorder = make_trainer(rank, config_of(*SYNTHETIC, f"optim.name={optimizer}", "train.cuda_graph=never"))
+    trainer.schedule = replace(trainer.schedule, total_steps=32)
+    trainer.train_epoch()
+    trainer.save()
+    state = recorder.states[-1]
+    again, _ = make_trainer(rank, config_of(*SYNTHETIC, f"optim.name={optimizer}"))
+    again.load_state(state)
+    before = everything(again)
+    again.step.prepare()
+    return list(zip(before, everything(again), strict=True))
+
+
+def everything(trainer: Trainer) -> list[torch.Tensor]:
+    """Weights and state of the optimizer, but for the learning rate, which every step sets."""
+    states = (value for state in trainer.optimizer.state.values() for value in state.values())
+    return [flat_weights(trainer).cpu().clone(), *(v.cpu().clone() for v in states if isinstance(v, torch.Tensor))]
+
+
+def test_a_short_last_batch_has_its_exact_gradient_when_captured() -> None:
+    change, reference = on_gpu(_change_by_short_batch)
+    torch.testing.assert_close(change, reference, rtol=1e-9, atol=1e-11)
+
+
+def _change_by_short_batch(rank: Rank) -> tuple[torch.Tensor, torch.Tensor]:
+    exact = ("train.precision=fp64", "optim.name=sgd", "optim.lr=1", "model.dropout=0", "model.dropout2d=0")
+    trainer, _ = make_trainer(rank, config_of(*SYNTHETIC, *exact), 7)
+    assert isinstance(trainer.step, StaticStep)
+    trainer.step = StaticStep(trainer.step._parts, batch_size=64)
+    images, labels = trainer.train_loader.inputs(torch.arange(7, device=rank.device))
+    loss = torch.nn.functional.nll_loss(trainer.network(images), labels)
+    reference = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trainer.network.parameters()))])
+    before = flat_weights(trainer).clone()
+    trainer.step.prepare()
+    (batch,) = list(trainer.train_loader)
+    trainer.step(batch, lr=1.0, global_step=0)
+    return (before - flat_weights(trainer)).cpu(), reference.cpu()
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_ddp_over_nccl_is_captured_too(compress: bool) -> None:
+    captured, eager = on_gpu(_train_with_ddp, compress)
+    torch.testing.assert_close(captured, eager, rtol=1e-3, atol=1e-4)
+
+
+def _train_with_ddp(rank: Rank, compress: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """One rank in a process group of its own: all that one GPU can show of NCCL."""
+    dist.init_process_group("nccl", store=HashStore(), rank=0, world_size=1, device_id=rank.device)
+    results = []
+    for captured in (True, False):
+        trainer, _ = make_trainer(rank, config_of(*SYNTHETIC, "train.precision=fp32"), 320)
+        assert isinstance(trainer.step, StaticStep)
+        parts = trainer.step._parts
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            model = DistributedDataParallel(parts.model, device_ids=[rank.device], gradient_as_bucket_view=True)
+            average_gradients(
+                model, replace(rank, backend="nccl"), parts.timer, timeout=60, compress=compress, timed=False
+            )
+        parts = replace(parts, model=model)
+        trainer.step = StaticStep(parts, 64) if captured else EagerStep(parts)
+        trainer.schedule = replace(trainer.schedule, total_steps=5)
+        trainer.step.prepare()
+        trainer.train_epoch()
+        results.append(flat_weights(trainer).cpu())
+        del trainer, parts, model  # a captured graph must be gone before its process group
+    dist.destroy_process_group()
+    return results[0], results[1]
+
+
+def test_a_compiled_network_trains(tmp_path: Path) -> None:
+    values = losses(train(tmp_path, "compiled", "train.compile=true"))
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_a_training_stopped_and_resumed_goes_on_with_a_captured_step(tmp_path: Path) -> None:
+    train(tmp_path, "again", "train.epochs=1")
+    resumed = losses(train(tmp_path, "again", "train.epochs=2"))
+    whole = losses(train(tmp_path, "whole", "train.epochs=2"))
+    assert resumed == pytest.approx(whole, rel=1e-2)

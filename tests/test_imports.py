@@ -12,7 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "train").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
-LEAVES = {"pipeline.config", "pipeline.distributed", "pipeline.seeding", "pipeline.run_folder", "pipeline.preemption"}
+LEAVES = {
+    "pipeline.config",
+    "pipeline.distributed",
+    "pipeline.seeding",
+    "pipeline.run_folder",
+    "pipeline.preemption",
+    "pipeline.timing",
+}
 """What any room of the pipeline may import. run_folder itself imports config, and nothing else of ours."""
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pipeline.distributed import Rank
-from pipeline.metrics import Evaluation, EvaluationMeter, TrainMeter
+from pipeline.metrics import Evaluation, EvaluationMeter, Record, TrainMeter
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -22,15 +23,14 @@ ALONE = rank_of(0, 1)
 
 
 def add(meter: TrainMeter, loss: float, correct: int, count: int) -> None:
-    meter.add(torch.tensor(loss), torch.tensor(correct), count)
+    meter.add(torch.tensor([loss, correct], dtype=torch.float64), count)
 
 
 def test_a_record_is_the_mean_over_samples_not_over_batches() -> None:
     meter = TrainMeter(CPU)
     add(meter, 8.0, 3, 4)
     add(meter, 1.0, 0, 1)
-    metrics, _ = meter.reduce(ALONE, vote=False)
-    assert metrics == {"train/loss": 9 / 5, "train/accuracy": 3 / 5}
+    assert meter.reduce(ALONE, vote=False).result().metrics == {"train/loss": 9 / 5, "train/accuracy": 3 / 5}
 
 
 def test_a_record_starts_anew_behind_the_last() -> None:
@@ -38,27 +38,41 @@ def test_a_record_starts_anew_behind_the_last() -> None:
     add(meter, 8.0, 3, 4)
     meter.reduce(ALONE, vote=False)
     add(meter, 1.0, 1, 2)
-    assert meter.reduce(ALONE, vote=False)[0] == {"train/loss": 0.5, "train/accuracy": 0.5}
+    assert meter.reduce(ALONE, vote=False).result().metrics == {"train/loss": 0.5, "train/accuracy": 0.5}
 
 
 def test_a_record_of_nothing_is_zero() -> None:
-    assert TrainMeter(CPU).reduce(ALONE, vote=False) == ({"train/loss": 0.0, "train/accuracy": 0.0}, False)
+    nothing = Record({"train/loss": 0.0, "train/accuracy": 0.0}, votes=0.0, rows=[[]])
+    assert TrainMeter(CPU).reduce(ALONE, vote=False).result() == nothing
 
 
 @pytest.mark.parametrize("vote", [False, True])
 def test_a_vote_rides_along(vote: bool) -> None:
     meter = TrainMeter(CPU)
     add(meter, 2.0, 1, 1)
-    metrics, decided = meter.reduce(ALONE, vote)
-    assert decided is vote
-    assert metrics == {"train/loss": 2.0, "train/accuracy": 1.0}
+    record = meter.reduce(ALONE, vote, [0.5, 0.25]).result()
+    assert record == Record({"train/loss": 2.0, "train/accuracy": 1.0}, votes=float(vote), rows=[[0.5, 0.25]])
+
+
+def test_votes_and_rows_of_all_ranks_arrive_with_the_record() -> None:
+    records = run_ranks(3, _record_of_rank)
+    assert records[0] == Record({"train/loss": 1.0, "train/accuracy": 0.0}, 1.0, [[0.0, 0.5], [1.0, 0.5], [2.0, 0.5]])
+    assert all(record == records[0] for record in records)
+
+
+def _record_of_rank(rank: Rank) -> Record:
+    meter = TrainMeter(CPU)
+    add(meter, float(rank.rank), 0, 3)
+    record = meter.reduce(rank, rank.rank == 1, [float(rank.rank), 0.5])
+    add(meter, 100.0, 9, 9)  # of the next record, while this one is under way
+    return record.result()
 
 
 def test_sums_are_kept_in_float64() -> None:
     meter = TrainMeter(CPU)
     add(meter, 2.0**24, 0, 1)
     add(meter, 1.0, 0, 1)  # float32 would lose it
-    assert meter.reduce(ALONE, vote=False)[0]["train/loss"] == (2**24 + 1) / 2
+    assert meter.reduce(ALONE, vote=False).result().metrics["train/loss"] == (2**24 + 1) / 2
 
 
 def test_a_record_in_progress_survives_a_checkpoint_bit_by_bit() -> None:
@@ -69,7 +83,7 @@ def test_a_record_in_progress_survives_a_checkpoint_bit_by_bit() -> None:
     after.load_state(before.state(ALONE), ALONE)
     for meter in (whole, after):
         add(meter, 0.3, 2, 3)
-    assert after.reduce(ALONE, vote=False) == whole.reduce(ALONE, vote=False)
+    assert after.reduce(ALONE, vote=False).result() == whole.reduce(ALONE, vote=False).result()
 
 
 def test_loading_replaces_what_was_counted() -> None:
@@ -77,7 +91,7 @@ def test_loading_replaces_what_was_counted() -> None:
     add(saved, 1.0, 1, 2)
     add(meter, 100.0, 50, 60)
     meter.load_state(saved.state(ALONE), ALONE)
-    assert meter.reduce(ALONE, vote=False)[0] == {"train/loss": 0.5, "train/accuracy": 0.5}
+    assert meter.reduce(ALONE, vote=False).result().metrics == {"train/loss": 0.5, "train/accuracy": 0.5}
 
 
 STATE_OF_3: dict[str, Any] = {"sums": [[1.0, 1.0], [2.0, 3.0], [4.0, 5.0]], "count": 14}
@@ -103,7 +117,7 @@ def test_a_single_rank_goes_on_with_the_record_of_three() -> None:
     meter = TrainMeter(CPU)
     meter.load_state(STATE_OF_3, ALONE)
     add(meter, 1.0, 3, 2)
-    assert meter.reduce(ALONE, vote=False)[0] == {"train/loss": 8 / 16, "train/accuracy": 12 / 16}
+    assert meter.reduce(ALONE, vote=False).result().metrics == {"train/loss": 8 / 16, "train/accuracy": 12 / 16}
 
 
 def evaluate(

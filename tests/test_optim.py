@@ -13,7 +13,9 @@ from torch import nn, optim
 from torch.optim import lr_scheduler
 
 from pipeline.config import OptimConfig
-from pipeline.optim import Schedule, build_optimizer
+from pipeline.optim import Schedule, build_optimizer, set_lr
+
+CPU = torch.device("cpu")
 
 ScheduleName = Literal["constant", "step", "cosine", "one_cycle"]
 
@@ -43,14 +45,34 @@ def weights() -> nn.Parameter:
 )
 def test_an_optimizer_is_torchs_with_the_arguments_set(config: OptimConfig, expected: optim.Optimizer) -> None:
     parameter = weights()
-    built = build_optimizer(config, [parameter])
+    built = build_optimizer(config, [parameter], CPU)
     assert type(built) is type(expected)
     assert [group["params"] for group in built.param_groups] == [[parameter]]
 
     def settings(optimizer: optim.Optimizer) -> dict[str, Any]:
-        return {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        ways = ("params", "fused", "foreach")  # the latter two are how it is executed
+        return {key: value for key, value in optimizer.param_groups[0].items() if key not in ways}
 
     assert settings(built) == settings(expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "adadelta"])
+def test_the_fast_form_of_an_optimizer_computes_what_the_plain_one_does(name: Any) -> None:
+    torch.manual_seed(0)
+    gradients = torch.randn(5, 3, dtype=torch.float64)
+    results = []
+    for plain in (False, True):
+        parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.01), [parameter], CPU)
+        if plain:
+            optimizer.param_groups[0] |= {"fused": False, "foreach": False}
+        for step, gradient in enumerate(gradients):
+            parameter.grad = gradient.clone()
+            set_lr(optimizer, 0.1 / (1 + step))
+            optimizer.step()
+        results.append(parameter.detach())
+    assert not torch.equal(results[0], torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
 def test_weight_decay_is_decoupled_with_adamw_only() -> None:
@@ -58,7 +80,7 @@ def test_weight_decay_is_decoupled_with_adamw_only() -> None:
     for name in ("adam", "adamw"):
         parameter = weights()
         parameter.grad = torch.zeros(3)
-        build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.5), [parameter]).step()
+        build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.5), [parameter], CPU).step()
         shrunk[name] = parameter[0].item()
     assert shrunk["adamw"] == pytest.approx(1 - 0.1 * 0.5, rel=1e-6)
     assert shrunk["adam"] == pytest.approx(1 - 0.1, rel=1e-6)  # Adam's first step is the sign of the gradient

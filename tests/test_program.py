@@ -134,6 +134,10 @@ def test_its_curves_in_mlflow_are_those_of_the_journal(digits: Digits) -> None:
     assert set(recorded) == {
         *("train/loss", "train/accuracy", "train/lr", "eval/loss", "eval/accuracy"),
         *("perf/images_per_second", "perf/epoch_seconds"),
+        *(f"time/{phase}_ms" for phase in ("data", "forward", "backward", "communication", "update", "other")),
+        *("time/slowest_rank", "time/imbalance", "time/evaluation_seconds", "time/save_seconds"),
+        *(f"startup/{phase}_seconds" for phase in ("imports", "config", "ranks", "data", "run_folder", "build")),
+        *("startup/first_step_seconds", "startup/total_seconds"),
     }
     (run,) = mlflow_runs(digits.folder)
     for key, points in recorded.items():

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.checkpoint import Checkpoints
+from pipeline.communication import average_gradients
 from pipeline.config import Config, Problem
 from pipeline.data.datasets import (
     DATASETS,
     Dataset,
     DatasetInfo,
     ImageSet,
-    load_dataset,
-    prepare_dataset,
+    obtain_dataset,
     synthetic_info,
 )
-from pipeline.data.loading import Loader, Normalize, ResidentLoader, StreamedLoader, choose_placement
+from pipeline.data.loading import Loader, Normalize, ResidentLoader, StreamedLoader
 from pipeline.data.sampler import GlobalOrderSampler
+from pipeline.data.sharing import share_on_node
 from pipeline.distributed import Launch, Rank, choose_device
 from pipeline.losses import LOSSES, losses_for
 from pipeline.models import NETWORKS, build_model
@@ -34,11 +35,18 @@ from pipeline.precision import Precision
 from pipeline.preemption import StopRequest
 from pipeline.run_folder import RunFolder
 from pipeline.seeding import stream_seed
+from pipeline.timing import PhaseTimer, StartupTimer, build_timer
+from train.choices import Choices, choose
 from train.display import BarDisplay, Display, LineDisplay, NoDisplay
 from train.evaluation import Evaluator
 from train.output import RunOutput
-from train.step import EagerStep
+from train.profiling import NoProfiler, StepProfiler
+from train.static_step import StaticStep
+from train.step import EagerStep, StepParts
 from train.trainer import Trainer
+
+ONE_BUCKET = 2**20
+"""In MiB: more than any network has."""
 
 
 def dataset_info(config: Config) -> DatasetInfo:
@@ -114,11 +122,13 @@ def _find_device_contradictions(config: Config, launch: Launch) -> Iterable[Prob
 
 def build_data(config: Config, rank: Rank) -> Dataset:
     """Collective: every rank must call. Raises DataError on the rank that finds it, RemoteError on the others."""
-    info, root = dataset_info(config), Path(config.data.root)
-    stored = DATASETS.get(info.name, info)
-    rank.once_per_node(lambda: prepare_dataset(stored, root, download=config.data.download))
-    dataset = load_dataset(stored, root, image_size=config.data.image_size, seed=config.run.seed)
-    return replace(dataset, info=info)
+    info, data = dataset_info(config), config.data
+    stored, root = DATASETS.get(info.name, info), Path(data.root)
+
+    def load() -> Dataset:
+        return obtain_dataset(stored, root, download=data.download, image_size=data.image_size, seed=config.run.seed)
+
+    return replace(share_on_node(rank, load), info=info)
 
 
 def build_network(config: Config, info: DatasetInfo) -> nn.Module:
@@ -148,7 +158,13 @@ def build_schedule(config: Config, info: DatasetInfo) -> Schedule:
 
 
 def build_trainer(
-    config: Config, rank: Rank, dataset: Dataset, output: RunOutput, stop: StopRequest, run_id: str
+    config: Config,
+    rank: Rank,
+    dataset: Dataset,
+    output: RunOutput,
+    stop: StopRequest,
+    startup: StartupTimer,
+    run_id: str,
 ) -> Trainer:
     """Collective: every rank must call (DDP sends rank 0's weights to all)."""
     info, loss = dataset.info, LOSSES[config.loss]
@@ -156,23 +172,33 @@ def build_trainer(
     network = build_network(config, info).to(rank.device, precision.weights_dtype)
     if config.train.channels_last:
         network = network.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(config.optim, network.parameters())
+    choices = choose(config, rank, dataset, network)
+    if config.train.compile:
+        network.compile()
+    optimizer = build_optimizer(config.optim, network.parameters(), rank.device)
+    timer = build_timer(rank.device)
     normalize = Normalize(info.mean, info.std, precision.weights_dtype).to(rank.device)
-    train_loader = _build_loader(config, dataset.train, normalize, _train_sampler(config, rank, dataset))
-    eval_loader = _build_loader(config, dataset.evaluation, normalize, _eval_sampler(config, rank, dataset))
+    train_sampler, eval_sampler = _train_sampler(config, rank, dataset), _eval_sampler(config, rank, dataset)
+    train_loader = _build_loader(config, choices.placement, dataset.train, train_sampler, normalize, timer)
+    eval_loader = _build_loader(config, choices.eval_placement, dataset.evaluation, eval_sampler, normalize, timer)
+    model, gradients = wrap(config, network, rank, normalize(dataset.train.images[:1].to(rank.device)), timer, choices)
+    output.choices(choices.reasons | {"gradients": gradients})
+    parts = StepParts(
+        model=model,
+        inputs=train_loader.inputs,
+        loss=loss,
+        optimizer=optimizer,
+        precision=precision,
+        rank=rank,
+        timer=timer,
+        seed=config.run.seed,
+        clip_norm=config.train.clip_norm,
+    )
     return Trainer(
         config=config,
         rank=rank,
         network=network,
-        step=EagerStep(
-            wrap(network, rank, normalize(dataset.train.images[:1].to(rank.device))),
-            loss,
-            optimizer,
-            precision,
-            rank,
-            seed=config.run.seed,
-            clip_norm=config.train.clip_norm,
-        ),
+        step=StaticStep(parts, train_sampler.full_share) if choices.is_captured else EagerStep(parts),
         optimizer=optimizer,
         schedule=build_schedule(config, info),
         precision=precision,
@@ -181,27 +207,50 @@ def build_trainer(
         output=output,
         display=_build_display(config, rank, info),
         stop=stop,
+        timer=timer,
+        startup=startup,
+        profiler=StepProfiler(config.train.profile) if config.train.profile and rank.is_main else NoProfiler(),
         run_id=run_id,
     )
 
 
-def wrap(network: nn.Module, rank: Rank, images: Tensor) -> nn.Module:
-    """Collective: every rank must call. DistributedDataParallel where there is more than one rank.
+def wrap(
+    config: Config, network: nn.Module, rank: Rank, images: Tensor, timer: PhaseTimer, choices: Choices
+) -> tuple[nn.Module, str]:
+    """Collective: every rank must call. DistributedDataParallel where there is more than one rank, and how it averages.
 
     DDP puts all gradients into one bucket for its first step, and regroups them by the order in which they became
     ready for all others. From three ranks on, the place in a bucket decides the order of summation, and so the last
     bits: a resumed training would differ in its first step. Two passes for nothing, on `images`, get that over.
     """
     if rank.world_size == 1:
-        return network
-    devices = [rank.device] if rank.device.type == "cuda" else None
-    model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
-    model.eval()  # batch statistics stay as they are
-    for _ in range(2):  # the regrouping is done when the second begins
-        model(images).sum().backward()
-        model.zero_grad(set_to_none=True)
-    model.train()  # type: ignore[no-untyped-call]
-    return model
+        return network, "of one rank"
+    on_gpu = rank.device.type == "cuda"
+    # on a stream of its own, as a later capture in a CUDA graph demands
+    stream = torch.cuda.Stream(rank.device) if on_gpu else None  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        model = DistributedDataParallel(
+            network,
+            device_ids=[rank.device] if on_gpu else None,
+            gradient_as_bucket_view=True,
+            static_graph=config.train.accumulate == 1,  # with no_sync it dies in an assertion
+            # on CPU nothing overlaps in earnest, since communication computes: one bucket is met for once
+            bucket_cap_mb=None if on_gpu else ONE_BUCKET,
+        )
+        gradients = average_gradients(
+            model,
+            rank,
+            timer,
+            timeout=config.train.hang_timeout,
+            compress=choices.compress,
+            timed=not choices.is_captured,
+        )
+        model.eval()  # batch statistics stay as they are
+        for _ in range(2):  # the regrouping is done when the second begins
+            model(images).sum().backward()
+            model.zero_grad(set_to_none=True)
+        model.train()  # type: ignore[no-untyped-call]
+    return model, gradients
 
 
 def _train_sampler(config: Config, rank: Rank, dataset: Dataset) -> GlobalOrderSampler:
@@ -225,11 +274,17 @@ def _eval_sampler(config: Config, rank: Rank, dataset: Dataset) -> GlobalOrderSa
     )
 
 
-def _build_loader(config: Config, images: ImageSet, normalize: Normalize, sampler: GlobalOrderSampler) -> Loader:
-    device = normalize.scale.device
-    if choose_placement(config.data.placement, images.images.nbytes, device) == "device":
+def _build_loader(
+    config: Config,
+    placement: str,
+    images: ImageSet,
+    sampler: GlobalOrderSampler,
+    normalize: Normalize,
+    timer: PhaseTimer,
+) -> Loader:
+    if placement == "device":
         return ResidentLoader(images.images, images.labels, sampler, normalize)
-    return StreamedLoader(images.images, images.labels, sampler, normalize, config.data.workers)
+    return StreamedLoader(images.images, images.labels, sampler, normalize, config.data.workers, timer)
 
 
 def _build_display(config: Config, rank: Rank, info: DatasetInfo) -> Display:

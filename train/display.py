@@ -9,8 +9,12 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from pipeline.metrics import Evaluation
+from pipeline.timing import Straggler
 
 logger = logging.getLogger("convoy")
+RECORDS_PER_TIMES = 10
+"""How many lines of a record come between two of times."""
+NOTABLE_IMBALANCE = 0.1
 
 
 class Display(Protocol):
@@ -18,7 +22,7 @@ class Display(Protocol):
 
     def begin_epoch(self, epoch: int, samples_seen: int) -> None: ...
     def advance(self, count: int) -> None: ...
-    def record(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def record(self, step: int, metrics: Mapping[str, float], straggler: Straggler | None) -> None: ...
     def end_epoch(self) -> None: ...
     def evaluated(self, epoch: int, evaluation: Evaluation) -> None: ...
 
@@ -32,7 +36,7 @@ class NoDisplay:
     def advance(self, count: int) -> None:
         pass
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], straggler: Straggler | None) -> None:
         pass
 
     def end_epoch(self) -> None:
@@ -49,6 +53,7 @@ class LineDisplay:
         self._num_epochs = num_epochs
         self._total_steps = total_steps
         self._epoch = 0
+        self._records = 0
 
     def begin_epoch(self, epoch: int, samples_seen: int) -> None:
         self._epoch = epoch
@@ -56,7 +61,7 @@ class LineDisplay:
     def advance(self, count: int) -> None:
         pass
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], straggler: Straggler | None) -> None:
         logger.info(
             "epoch %d/%d  step %d/%d  loss %.4f  accuracy %.2f%%  lr %.3g  %s images/s",
             self._epoch + 1,
@@ -68,6 +73,9 @@ class LineDisplay:
             metrics["train/lr"],
             f"{metrics['perf/images_per_second']:,.0f}",
         )
+        self._records += 1
+        if self._records % RECORDS_PER_TIMES == 1:
+            logger.info("%s", describe_times(metrics, straggler))
 
     def end_epoch(self) -> None:
         pass
@@ -77,12 +85,13 @@ class LineDisplay:
 
 
 class BarDisplay:
-    """A bar per epoch that counts images, with loss, images/s and time left; evaluations remain as lines."""
+    """A bar per epoch that counts images, with loss, images/s and time left; evaluations and times remain as lines."""
 
     def __init__(self, num_epochs: int, num_samples: int):
         self._num_epochs = num_epochs
         self._num_samples = num_samples
         self._bar: tqdm[Any] | None = None
+        self._times = ""
 
     def begin_epoch(self, epoch: int, samples_seen: int) -> None:
         self._bar = tqdm(
@@ -98,9 +107,10 @@ class BarDisplay:
         if self._bar is not None:
             self._bar.update(count)
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], straggler: Straggler | None) -> None:
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", refresh=False)
+        self._times = describe_times(metrics, straggler)
 
     def end_epoch(self) -> None:
         if self._bar is not None:
@@ -108,6 +118,8 @@ class BarDisplay:
 
     def evaluated(self, epoch: int, evaluation: Evaluation) -> None:
         tqdm.write(_describe(epoch, self._num_epochs, evaluation))
+        if self._times:
+            tqdm.write(self._times)
 
 
 def _describe(epoch: int, num_epochs: int, evaluation: Evaluation) -> str:
@@ -115,3 +127,15 @@ def _describe(epoch: int, num_epochs: int, evaluation: Evaluation) -> str:
         f"epoch {epoch + 1}/{num_epochs}  test loss {evaluation.loss:.4f}  "
         f"accuracy {evaluation.accuracy:.2%} ({evaluation.num_correct:,}/{evaluation.count:,})"
     )
+
+
+def describe_times(metrics: Mapping[str, float], straggler: Straggler | None) -> str:
+    """Where the time of a step goes, and who keeps the others waiting."""
+    times = {name[len("time/") : -len("_ms")]: ms for name, ms in metrics.items() if name.endswith("_ms")}
+    total = sum(times.values())
+    parts = [f"{phase.replace('_', ' ')} {ms / total:.0%}" for phase, ms in times.items() if ms > 0.005 * total]
+    text = f"  a step takes {total:.3g} ms: {', '.join(parts)}"
+    if straggler and straggler.imbalance > NOTABLE_IMBALANCE:
+        lead = f"{straggler.imbalance:.0%} above the mean, most of it in {straggler.phase.replace('_', ' ')}"
+        text += f"; slowest is rank {straggler.rank}, {lead}"
+    return text

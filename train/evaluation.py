@@ -45,7 +45,8 @@ class Evaluator:
         self._network.eval()
         self._shard = []
         for batch in self._loader:
-            for images, labels in batch.micro_batches:
+            for micro_batch in batch.micro_batches:
+                images, labels = self._loader.inputs(micro_batch)
                 if len(labels) == 0:
                     continue
                 with self._precision.autocast():

@@ -22,6 +22,7 @@ from pipeline.data.datasets import DataError
 from pipeline.distributed import Launch, Rank, RemoteError, is_lost_connection, start_logging, start_rank
 from pipeline.preemption import StopRequest, listen_for_stop
 from pipeline.run_folder import RunError
+from pipeline.timing import StartupTimer
 from train import build
 from train.plan import describe_plan
 from train.session import DIGITS_NOTE, Session, open_session
@@ -30,6 +31,7 @@ from train.session import DIGITS_NOTE, Session, open_session
 @record
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 finished or stopped with its state saved, 2 wrong config. Other failures raise or give 1."""
+    startup = StartupTimer()
     try:
         launch = Launch.from_environment(os.environ)
     except ValueError as error:
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("%s", DIGITS_NOTE)
     stop = StopRequest()
     try:
-        run(config, command, launch, stop)
+        run(config, command, launch, stop, startup)
     except (DataError, RunError) as error:
         logger.error("%s", error)
         return 1
@@ -78,9 +80,10 @@ def read_config(argv: Sequence[str] | None, launch: Launch) -> tuple[CommandLine
     return command, load_config(command, [check])
 
 
-def run(config: Config, command: CommandLine, launch: Launch, stop: StopRequest) -> None:
+def run(config: Config, command: CommandLine, launch: Launch, stop: StopRequest, startup: StartupTimer) -> None:
     """Collective: every rank must call. Start the rank, train, leave the group, close."""
     settings = config.train
+    startup.lap("config")
     with listen_for_stop(stop):
         with start_rank(
             launch,
@@ -89,16 +92,22 @@ def run(config: Config, command: CommandLine, launch: Launch, stop: StopRequest)
             threads=settings.threads,
             timeout=settings.hang_timeout,
         ) as rank:
-            session = train(config, command, launch, rank, stop)
+            startup.lap("ranks")
+            session = train(config, command, launch, rank, stop, startup)
         session.close()
 
 
-def train(config: Config, command: CommandLine, launch: Launch, rank: Rank, stop: StopRequest) -> Session:
+def train(
+    config: Config, command: CommandLine, launch: Launch, rank: Rank, stop: StopRequest, startup: StartupTimer
+) -> Session:
     """Collective: every rank must call."""
     dataset = build.build_data(config, rank)
+    startup.lap("data")
     with open_session(config, command.config_path.stem, launch, rank, dataset, ROOT) as session:
         if not session.start.is_finished:
-            trainer = build.build_trainer(config, rank, dataset, session.output, stop, session.start.run_id)
+            startup.lap("run_folder")
+            trainer = build.build_trainer(config, rank, dataset, session.output, stop, startup, session.start.run_id)
+            startup.lap("build")
             if session.start.checkpoint is not None:
                 trainer.load_state(session.start.checkpoint)
             outcome = trainer.fit()

@@ -93,7 +93,8 @@ class Attempt:
             )
             return Start("", None, is_finished=True)
         journal = Journal(folder.journal)
-        self.output = FolderOutput(folder, journal, checkpoints)
+        prefix = f"resume.{journal.num_attempts}." if journal.run_id else ""
+        self.output = FolderOutput(folder, journal, checkpoints, prefix)
         run_id = self._record_beginning(folder, journal, state)
         if self.config.tracking.enabled:
             self.publisher = PublisherProcess(folder.path, self.uri)
@@ -109,9 +110,9 @@ class Attempt:
             logger.info("run %s: %s", folder.name, os.path.relpath(folder.path))
         else:
             changed = changes(folder, self.config)
-            number = journal.num_attempts
             values = tags | {key: now for key, _, now in changed}
-            journal.append("tags", values={f"resume.{number}.{key}": str(value) for key, value in values.items()})
+            prefix = self.output.tag_prefix
+            journal.append("tags", values={prefix + key: str(value) for key, value in values.items()})
             step = state.position.global_step if state else 0
             logger.info("run %s continues behind step %d: %s", folder.name, step, os.path.relpath(folder.path))
             for key, before, now in changed:

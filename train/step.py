@@ -1,8 +1,8 @@
-"""How one optimizer step is executed. The loop knows only `step(batch, ...) -> StepResult`."""
+"""How one optimizer step is executed. The loop knows only `step(batch, ...) -> sums of loss and hits`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,22 +15,41 @@ from torch.optim import Optimizer
 from pipeline.data.loading import Batch
 from pipeline.distributed import Rank
 from pipeline.losses import Loss
+from pipeline.optim import set_lr
 from pipeline.precision import Precision
 from pipeline.seeding import stream_seed
+from pipeline.timing import PhaseTimer
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """Of this rank's share of the step; scalars that stay on the device until a record is due."""
+class StepParts:
+    """What any way of executing a step needs."""
 
-    loss_sum: Tensor
-    num_correct: Tensor
+    model: nn.Module
+    """Wrapped in DistributedDataParallel where there is more than one rank."""
+    inputs: Callable[[Any], tuple[Tensor, Tensor]]
+    """The loader's: micro-batch -> images and labels."""
+    loss: Loss
+    optimizer: Optimizer
+    precision: Precision
+    rank: Rank
+    timer: PhaseTimer
+    seed: int
+    clip_norm: float | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
 
 class Step(Protocol):
     """One optimizer step. Collective: every rank must call, with its share of the same global batch."""
 
-    def __call__(self, batch: Batch, *, lr: float, global_step: int) -> StepResult: ...
+    def prepare(self) -> None:
+        """Collective: every rank must call. Once, when weights and optimizer are as the first step will find them."""
+
+    def __call__(self, batch: Batch, *, lr: float, global_step: int) -> Tensor:
+        """float64 [2]: sum of the losses and number of hits over this rank's share, on the device."""
 
 
 class EagerStep:
@@ -40,52 +59,54 @@ class EagerStep:
     ranks and micro-batches amounts to. DDP divides by the number of ranks besides, which is undone beforehand.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss,
-        optimizer: Optimizer,
-        precision: Precision,
-        rank: Rank,
-        *,
-        seed: int,
-        clip_norm: float | None = None,
-    ):
-        self._model = model
-        self._loss = loss
-        self._optimizer = optimizer
-        self._precision = precision
-        self._rank = rank
-        self._seed = seed
-        self._clip_norm = clip_norm
-        self._parameters: Sequence[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, parts: StepParts):
+        self._parts = parts
+        self._parameters: Sequence[nn.Parameter] = parts.parameters
 
-    def __call__(self, batch: Batch, *, lr: float, global_step: int) -> StepResult:
-        seed_device(self._rank.device, stream_seed(self._seed, "step", global_step, self._rank.rank))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        loss_sum = torch.zeros((), dtype=self._precision.weights_dtype, device=self._rank.device)
-        num_correct = torch.zeros((), dtype=torch.int64, device=self._rank.device)
+    def prepare(self) -> None:
+        pass
+
+    def __call__(self, batch: Batch, *, lr: float, global_step: int) -> Tensor:
+        parts = self._parts
+        seed_device(parts.rank.device, stream_seed(parts.seed, "step", global_step, parts.rank.rank))
+        set_lr(parts.optimizer, lr)
+        sums = torch.zeros(2, dtype=torch.float64, device=parts.rank.device)
         last = len(batch.micro_batches) - 1
-        for index, (images, labels) in enumerate(batch.micro_batches):
+        for index, micro_batch in enumerate(batch.micro_batches):
+            images, labels = parts.inputs(micro_batch)
+            parts.timer.lap("data")
             if index < last and len(labels) == 0:
                 continue  # only the last is needed by the other ranks, as the one that synchronises
             # no_sync has to cover the forward pass too: DDP decides there whether backward will reduce
             with nullcontext() if index == last else self._without_sync():
-                with self._precision.autocast():
-                    output = self._model(images)
-                    loss = self._loss.total(output, labels)
-                denominator = batch.global_count * self._loss.per_sample(output.shape[1])
-                self._precision.backward(loss * (self._rank.world_size / denominator))
-            loss_sum += loss.detach()
-            num_correct += (output.detach().argmax(1) == labels).sum()
-        self._precision.update(self._optimizer, self._parameters, self._clip_norm)
-        return StepResult(loss_sum, num_correct)
+                sums += self._compute_gradient(images, labels, batch.global_count)
+            # the lap for `backward` of a synchronising one is taken where communication begins
+            parts.timer.lap("communication" if index == last and parts.rank.world_size > 1 else "backward")
+        parts.precision.update(parts.optimizer, self._parameters, parts.clip_norm)
+        parts.timer.lap("update")
+        return sums
+
+    def _compute_gradient(self, images: Tensor, labels: Tensor, global_count: int) -> Tensor:
+        """Adds to the gradients; sums as the step returns them, of this micro-batch."""
+        parts = self._parts
+        with parts.precision.autocast():
+            output = parts.model(images)
+            loss = parts.loss.total(output, labels)
+        sums = torch.stack((loss.detach(), count_hits(output, labels).sum()))
+        parts.timer.lap("forward")
+        denominator = global_count * parts.loss.per_sample(output.shape[1])
+        parts.precision.backward(loss * (parts.rank.world_size / denominator))
+        return sums
 
     def _without_sync(self) -> AbstractContextManager[Any]:
-        if isinstance(self._model, DistributedDataParallel):
-            return self._model.no_sync()
+        if isinstance(self._parts.model, DistributedDataParallel):
+            return self._parts.model.no_sync()
         return nullcontext()
+
+
+def count_hits(output: Tensor, labels: Tensor) -> Tensor:
+    """bool [N]: whether the class with the highest score is the right one."""
+    return output.detach().argmax(1) == labels
 
 
 def seed_device(device: torch.device, seed: int) -> None:

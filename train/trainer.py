@@ -13,41 +13,28 @@ from pipeline.checkpoint import Best, Position, TrainingState
 from pipeline.config import Config
 from pipeline.data.loading import Loader
 from pipeline.distributed import Rank
-from pipeline.metrics import Evaluation, TrainMeter
+from pipeline.metrics import Evaluation, PendingRecord, TrainMeter
 from pipeline.optim import Schedule
 from pipeline.precision import Precision
 from pipeline.preemption import StopRequest
+from pipeline.timing import PhaseTimer, StartupTimer, find_straggler, mean_times
 from train.display import Display
 from train.evaluation import Evaluator
 from train.output import RunOutput
+from train.profiling import Profiler
 from train.step import Step
 
 Outcome = Literal["finished", "preempted"]
 
 
-@dataclass
-class Clock:
-    """Seconds and samples of training proper, without evaluation and saves."""
+@dataclass(frozen=True)
+class RecordUnderWay:
+    """What a record will hold when the sums over the ranks have arrived."""
 
-    seconds: float = 0.0
-    samples: int = 0
-    _started: float | None = None
-
-    def start(self) -> None:
-        self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._started is not None:
-            self.seconds += time.perf_counter() - self._started
-        self._started = None
-
-    def read(self) -> float:
-        """Samples per second since the last reading, which is forgotten."""
-        self.stop()
-        rate = self.samples / self.seconds if self.seconds > 0 else 0.0
-        self.seconds, self.samples = 0.0, 0
-        self.start()
-        return rate
+    sums: PendingRecord
+    step: int
+    lr: float
+    images_per_second: float
 
 
 @dataclass
@@ -68,18 +55,26 @@ class Trainer:
     output: RunOutput
     display: Display
     stop: StopRequest
+    timer: PhaseTimer
+    startup: StartupTimer
+    profiler: Profiler
     run_id: str
     position: Position = field(default_factory=Position)
     best: Best | None = None
     last_evaluation: Evaluation | None = None
     meter: TrainMeter = field(init=False)
-    _clock: Clock = field(default_factory=Clock)
+    _stopping: bool = False
+    _pending: RecordUnderWay | None = None
+    _num_samples: int = 0
+    """Trained since the last record."""
 
     def __post_init__(self) -> None:
         self.meter = TrainMeter(self.rank.device)
 
     def fit(self) -> Outcome:
         """Collective: every rank must call. Train from `position` to the last epoch, or until asked to stop."""
+        self.step.prepare()
+        self.timer.read()  # forgets what the preparation took
         while self.position.epoch < self.config.train.epochs:
             if not self.train_epoch():
                 self.save()
@@ -98,38 +93,67 @@ class Trainer:
         self.train_loader.sampler.set_position(epoch, samples_seen)
         self.network.train()
         self.display.begin_epoch(epoch, samples_seen)
-        self._clock.start()
-        stopping = False
+        self._stopping = False
+        self.timer.start()
         for batch in self.train_loader:
+            self.timer.begin_step()
+            self.timer.lap("data")
             lr = self.schedule.lr(self.position.global_step)
-            result = self.step(batch, lr=lr, global_step=self.position.global_step)
+            sums = self.step(batch, lr=lr, global_step=self.position.global_step)
             self.position = Position(epoch, batch.end, self.position.global_step + 1)
-            self.meter.add(result.loss_sum, result.num_correct, batch.global_count)
-            self._clock.samples += batch.global_count
+            self.meter.add(sums, batch.global_count)
+            self._num_samples += batch.global_count
             self.display.advance(batch.global_count)
-            if self._is_due(self.config.train.log_every) or self.position.global_step == self.schedule.total_steps:
-                stopping = self.record(lr)
-            if stopping:
+            self._after_step(lr)
+            self.timer.lap("other")
+            if self._stopping:
                 break
-            if self._is_due(self.config.checkpoint.every_steps):
-                self.save()
-        self._clock.stop()
+        self.finish_record()
         self.display.end_epoch()
-        if samples_seen == 0 and not stopping:
+        if samples_seen == 0 and not self._stopping:
             self.output.metrics({"perf/epoch_seconds": time.perf_counter() - started}, self.position.global_step)
-        return not stopping
+        return not self._stopping
 
-    def record(self, lr: float) -> bool:
-        """Collective: every rank must call. Record the steps since the last record; whether all are to stop."""
-        metrics, stopping = self.meter.reduce(self.rank, bool(self.stop))
-        metrics |= {"train/lr": lr, "perf/images_per_second": self._clock.read()}
-        self.output.metrics(metrics, self.position.global_step)
-        self.display.record(self.position.global_step, metrics)
-        return stopping
+    def _after_step(self, lr: float) -> None:
+        """Collective: every rank must call. Whatever is due at this step."""
+        self.startup.after_step(self.output, self.position.global_step)
+        self.profiler.after_step(self.output)
+        self.finish_record()
+        if self._is_due(self.config.train.log_every) or self.position.global_step == self.schedule.total_steps:
+            self.begin_record(lr)
+        if self._is_due(self.config.checkpoint.every_steps) and not self._stopping:
+            self.save()
+
+    def begin_record(self, lr: float) -> None:
+        """Collective: every rank must call. Send the sums of the steps since the last record on their way.
+
+        They are read behind the next step, when they have arrived: neither the device nor this rank waits for them.
+        """
+        self.timer.lap("other")
+        times = self.timer.read()
+        rate = self._num_samples / times.seconds if times.seconds > 0 else 0.0
+        self._num_samples = 0
+        record = self.meter.reduce(self.rank, bool(self.stop), times.milliseconds)
+        self._pending = RecordUnderWay(record, self.position.global_step, lr, rate)
+
+    def finish_record(self) -> None:
+        """Collective: every rank must call. Record what is under way, if anything is."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        record = pending.sums.result()
+        self._stopping = self._stopping or record.votes > 0
+        straggler = find_straggler(record.rows)
+        metrics = record.metrics | {"train/lr": pending.lr, "perf/images_per_second": pending.images_per_second}
+        metrics |= mean_times(record.rows) | (straggler.metrics if straggler else {})
+        self.output.metrics(metrics, pending.step)
+        self.display.record(pending.step, metrics, straggler)
 
     def evaluate(self) -> None:
         """Collective: every rank must call. Ends the epoch: evaluate, record, remember the best, save."""
+        started = time.perf_counter()
         evaluation = self.evaluator.evaluate()
+        self.output.metrics({"time/evaluation_seconds": time.perf_counter() - started}, self.position.global_step)
         self.last_evaluation = evaluation
         values = {"eval/loss": evaluation.loss, "eval/accuracy": evaluation.accuracy}
         self.output.metrics(values, self.position.global_step)
@@ -143,9 +167,12 @@ class Trainer:
 
     def save(self, value: float | None = None) -> None:
         """Collective: every rank must call. `value` is the evaluation at this step, if there was one."""
-        self._clock.stop()
+        self.finish_record()  # what is recorded up to a checkpoint stands before it
+        self.timer.lap("other")
+        started = time.perf_counter()
         self.output.save_checkpoint(self.state(), value)
-        self._clock.start()
+        self.output.metrics({"time/save_seconds": time.perf_counter() - started}, self.position.global_step)
+        self.timer.start()
 
     def state(self) -> TrainingState:
         """Collective: every rank must call. All that `load_state` needs."""

@@ -103,11 +103,19 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step; the global batch stays as set")
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     channels_last: bool = Field(True, description="memory format of images and weights")
+    compile: bool = Field(False, description="compile the network with torch.compile; takes a minute at the start")
+    cuda_graph: Literal["auto", "never"] = Field(
+        "auto", description="auto: replay the whole step as one on GPUs where its shapes are fixed; never: eager"
+    )
+    compress: Literal["auto", "bf16", "never"] = Field(
+        "auto", description="gradients sent as bf16 between GPUs; auto: with precision bf16 over nccl"
+    )
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads per rank; null: cores of the node / ranks of the node"
     )
     hang_timeout: float = Field(300.0, ge=1, description="seconds after which a collective that stands still fails")
-    log_every: int = Field(10, ge=1, description="optimizer steps between two records of train/* and perf/*")
+    log_every: int = Field(10, ge=1, description="optimizer steps between two records of train/*, perf/* and time/*")
+    profile: int = Field(0, ge=0, le=1000, description="steps of rank 0 to trace with torch's profiler; 0: none")
 
 
 class CheckpointConfig(Section):
@@ -206,6 +214,11 @@ def find_contradictions(config: Config) -> Iterable[Problem]:
         yield Problem(("data.std",), f"data.std = {list(data.std)}: accepted: numbers > 0")
     if train.backend == "nccl" and train.device == "cpu":
         yield Problem(("train.backend", "train.device"), "train.backend = nccl: works on GPUs only; use gloo")
+    if train.compress == "bf16" and (train.backend == "gloo" or train.device == "cpu"):
+        yield Problem(
+            ("train.compress", "train.backend", "train.device"),
+            "train.compress = bf16: works on GPUs over nccl only; use auto or never",
+        )
     if train.precision == "fp16" and train.device == "cpu":
         yield Problem(("train.precision", "train.device"), "train.precision = fp16: needs a GPU; use bf16 or fp32")
     yield from _check_uri(config.tracking.uri)

@@ -59,6 +59,12 @@ class GlobalOrderSampler(DistributedSampler[int]):
     def steps_per_epoch(self) -> int:
         return -(-self.total_size // self.global_batch_size)
 
+    @property
+    def full_share(self) -> int:
+        """Samples of this rank in a step that is not cut short by the end of the epoch."""
+        full = range(min(self.global_batch_size, self.total_size))
+        return len(full[share(len(full), self.rank, self.num_replicas)])
+
     def set_position(self, epoch: int, samples_seen: int = 0) -> None:
         """Begin the next iteration in `epoch` behind its first `samples_seen` samples (over all ranks)."""
         if not 0 <= samples_seen <= self.total_size:
@@ -73,9 +79,12 @@ class GlobalOrderSampler(DistributedSampler[int]):
         generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", self.epoch))
         return torch.randperm(self.total_size, generator=generator)
 
-    def steps(self) -> Iterator[StepIndices]:
-        """This rank's part of every remaining step of the epoch; the same number of steps on every rank."""
-        order = self.order()
+    def steps(self, device: torch.device | None = None) -> Iterator[StepIndices]:
+        """This rank's part of every remaining step of the epoch; the same number of steps on every rank.
+
+        The indices are views of one tensor on `device` (default: the CPU).
+        """
+        order = self.order().to(device)
         for start in range(self.samples_seen, self.total_size, self.global_batch_size):
             global_batch = order[start : start + self.global_batch_size]
             mine = global_batch[share(len(global_batch), self.rank, self.num_replicas)]

@@ -1,6 +1,8 @@
 """The networks of the tutorials this project grew from, as plain sequences of named layers.
 
-Each builder takes the channels, the side in pixels and the classes of the dataset, so that none is typed in twice.
+Each builder takes the channels, the side in pixels and the classes of the dataset, so that none is typed in twice. Where
+a tutorial has a ReLU and then a pool, the pool comes first here: values and gradients are the same, since the largest of
+four stays the largest, for a quarter of the ReLU's work.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ def build_convnet(
             conv1=nn.Conv2d(channels, 16, 3),
             relu1=nn.ReLU(),
             conv2=nn.Conv2d(16, 32, 3),
-            relu2=nn.ReLU(),
             pool=nn.MaxPool2d(2),
+            relu2=nn.ReLU(),
             dropout2d=nn.Dropout2d(dropout2d),
             flatten=nn.Flatten(),
             fc1=nn.Linear(32 * side * side, 64),
@@ -43,11 +45,11 @@ def build_lenet(channels: int, image_size: int, num_classes: int, *, kernel_size
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(channels, 6, kernel_size),
-            relu1=nn.ReLU(),
             pool1=nn.MaxPool2d(2),
+            relu1=nn.ReLU(),
             conv2=nn.Conv2d(6, 16, kernel_size),
-            relu2=nn.ReLU(),
             pool2=nn.MaxPool2d(2),
+            relu2=nn.ReLU(),
             flatten=nn.Flatten(),
             fc1=nn.Linear(16 * side * side, 120),
             relu3=nn.ReLU(),

@@ -8,6 +8,7 @@ Every line has `v` (1) and `kind`:
     dataset     name, digest, source, num_train, num_eval
     metric      key, value, step, timestamp_ms
     evaluation  path of an .npz in the run folder: what the figures are drawn from
+    artifact    path of a file in the run folder, which is logged under the same path
     model       path of the weights in the run folder, and all it takes to rebuild the network
     status      state (running, finished, preempted or failed), timestamp_ms
 """

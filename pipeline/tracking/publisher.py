@@ -87,6 +87,8 @@ class Publisher:
                     self._log_figures(client, partial(draw_evaluation, self._folder, record))
                 case "model":
                     self._publish_model(client, record)
+                case "artifact":
+                    self._log_file(client, record["path"])
                 case "status":
                     self._show_state(client, record["state"], record.get("timestamp_ms"))
                     self._progress["state"] = record["state"]
@@ -163,6 +165,13 @@ class Publisher:
             return
         for figure in figures:
             client.log_artifact(self._run_id, str(figure), "figures")
+
+    def _log_file(self, client: MlflowClient, path: str) -> None:
+        file = self._folder.path / path
+        if not file.is_file():
+            logger.warning("%s is gone: not logged", path)
+            return
+        client.log_artifact(self._run_id, str(file), str(Path(path).parent))
 
     def _show_state(self, client: MlflowClient, state: str, end_time: int | None = None) -> None:
         if state == "running":

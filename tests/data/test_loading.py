@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.data.loading import Batch, Normalize, ResidentLoader, StreamedLoader, choose_placement
+from pipeline.data.loading import Batch, Loader, Normalize, ResidentLoader, StreamedLoader, choose_placement
 from pipeline.data.sampler import GlobalOrderSampler
+from pipeline.timing import HostTimer
 
 IMAGES = torch.randint(0, 256, (23, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(23)
@@ -17,22 +18,31 @@ def sampler() -> GlobalOrderSampler:
     return GlobalOrderSampler(23, global_batch_size=6, accumulate=2, rank=1, world_size=2)
 
 
-def content(batch: Batch) -> list[torch.Tensor]:
-    return [tensor for pair in batch.micro_batches for tensor in pair]
+def content(loader: Loader, batch: Batch) -> list[torch.Tensor]:
+    return [tensor for micro_batch in batch.micro_batches for tensor in loader.inputs(micro_batch)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_streamed_batches_equal_resident_ones(num_workers: int) -> None:
-    resident = list(ResidentLoader(IMAGES, LABELS, sampler(), NORMALIZE))
-    streamed = list(StreamedLoader(IMAGES, LABELS, sampler(), NORMALIZE, num_workers))
-    assert [(b.start, b.global_count) for b in resident] == [(0, 6), (6, 6), (12, 6), (18, 5)]
+    on_device = ResidentLoader(IMAGES, LABELS, sampler(), NORMALIZE)
+    by_workers = StreamedLoader(IMAGES, LABELS, sampler(), NORMALIZE, num_workers, HostTimer())
+    for epoch, samples_seen in ((0, 0), (1, 0), (2, 12)):  # the same workers go on
+        for loader in (on_device, by_workers):
+            loader.sampler.set_position(epoch, samples_seen)
+        compare(on_device, by_workers, samples_seen)
+
+
+def compare(on_device: ResidentLoader, by_workers: StreamedLoader, samples_seen: int) -> None:
+    resident, streamed = list(on_device), list(by_workers)
+    assert [(b.start, b.global_count) for b in resident] == [(0, 6), (6, 6), (12, 6), (18, 5)][samples_seen // 6 :]
     assert [(b.start, b.global_count) for b in streamed] == [(b.start, b.global_count) for b in resident]
     for one, other in zip(resident, streamed, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(content(one), content(other), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(content(on_device, one), content(by_workers, other), strict=True))
 
 
 def test_a_batch_holds_the_samples_of_its_indices_normalised() -> None:
-    (images, labels), _ = next(iter(ResidentLoader(IMAGES, LABELS, sampler(), NORMALIZE))).micro_batches
+    loader = ResidentLoader(IMAGES, LABELS, sampler(), NORMALIZE)
+    images, labels = loader.inputs(next(iter(loader)).micro_batches[0])
     expected = next(sampler().steps()).micro_batches[0]
     assert torch.equal(labels, LABELS[expected])
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
@@ -46,5 +56,5 @@ def test_normalisation_is_done_in_the_dtype_asked_for() -> None:
 
 def test_on_cpu_auto_is_where_the_data_are_and_a_choice_is_obeyed() -> None:
     cpu = torch.device("cpu")
-    assert choose_placement("auto", 10**12, cpu) == "device"
-    assert choose_placement("workers", 1, cpu) == "workers"
+    assert choose_placement("auto", 10**12, cpu)[0] == "device"
+    assert choose_placement("workers", 1, cpu)[0] == "workers"

@@ -18,8 +18,8 @@ CONVNET_28: list[Row] = [
     ("conv1", "Conv2d", (16, 26, 26), 1 * 16 * 3 * 3 + 16),
     ("relu1", "ReLU", (16, 26, 26), 0),
     ("conv2", "Conv2d", (32, 24, 24), 16 * 32 * 3 * 3 + 32),
-    ("relu2", "ReLU", (32, 24, 24), 0),
     ("pool", "MaxPool2d", (32, 12, 12), 0),
+    ("relu2", "ReLU", (32, 12, 12), 0),
     ("dropout2d", "Dropout2d", (32, 12, 12), 0),
     ("flatten", "Flatten", (4608,), 0),
     ("fc1", "Linear", (64,), 4608 * 64 + 64),
@@ -30,11 +30,11 @@ CONVNET_28: list[Row] = [
 ]
 LENET_3X3_32: list[Row] = [
     ("conv1", "Conv2d", (6, 30, 30), 1 * 6 * 3 * 3 + 6),
-    ("relu1", "ReLU", (6, 30, 30), 0),
     ("pool1", "MaxPool2d", (6, 15, 15), 0),
+    ("relu1", "ReLU", (6, 15, 15), 0),
     ("conv2", "Conv2d", (16, 13, 13), 6 * 16 * 3 * 3 + 16),
-    ("relu2", "ReLU", (16, 13, 13), 0),
     ("pool2", "MaxPool2d", (16, 6, 6), 0),
+    ("relu2", "ReLU", (16, 6, 6), 0),
     ("flatten", "Flatten", (576,), 0),
     ("fc1", "Linear", (120,), 576 * 120 + 120),
     ("relu3", "ReLU", (120,), 0),
@@ -44,11 +44,11 @@ LENET_3X3_32: list[Row] = [
 ]
 LENET_5X5_32: list[Row] = [
     ("conv1", "Conv2d", (6, 28, 28), 1 * 6 * 5 * 5 + 6),
-    ("relu1", "ReLU", (6, 28, 28), 0),
     ("pool1", "MaxPool2d", (6, 14, 14), 0),
+    ("relu1", "ReLU", (6, 14, 14), 0),
     ("conv2", "Conv2d", (16, 10, 10), 6 * 16 * 5 * 5 + 16),
-    ("relu2", "ReLU", (16, 10, 10), 0),
     ("pool2", "MaxPool2d", (16, 5, 5), 0),
+    ("relu2", "ReLU", (16, 5, 5), 0),
     ("flatten", "Flatten", (400,), 0),
     ("fc1", "Linear", (120,), 400 * 120 + 120),
     ("relu3", "ReLU", (120,), 0),
@@ -199,3 +199,25 @@ def test_describing_leaves_the_network_as_it_was(training: bool) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert describe_layers(model, 1, 28) == first  # no hook of the first time is left
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "tutorial"),
+    [
+        ("convnet", "conv1 relu1 conv2 relu2 pool dropout2d flatten fc1 relu3 dropout fc2 log_softmax"),
+        ("lenet_5x5", "conv1 relu1 pool1 conv2 relu2 pool2 flatten fc1 relu3 fc2 relu4 fc3"),
+        ("lenet_3x3", "conv1 relu1 pool1 conv2 relu2 pool2 flatten fc1 relu3 fc2 relu4 fc3"),
+    ],
+)
+def test_the_order_of_pool_and_relu_changes_neither_values_nor_gradients(name: str, tutorial: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(name, 1, 32, 10).eval()
+    layers = dict(model.named_children())
+    assert set(layers) == set(tutorial.split())
+    as_in_tutorial = nn.Sequential(*(layers[layer] for layer in tutorial.split()))
+    images = torch.randn(8, 1, 32, 32)
+    results = []
+    for network in (model, as_in_tutorial):
+        output = network(images)
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(model.parameters()))])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))

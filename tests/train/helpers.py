@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pipeline.config import CommandLine, Config, load_config
 from pipeline.data.datasets import Dataset, ImageSet
 from pipeline.distributed import Rank
 from pipeline.preemption import StopRequest
+from pipeline.timing import StartupTimer
 from train.build import build_data, build_trainer
 from train.trainer import Trainer
 
@@ -36,6 +37,12 @@ class Recorder:
     def save_best(self, model: Mapping[str, Any]) -> None:
         pass
 
+    def save_trace(self, write: Callable[[str], object]) -> None:
+        pass
+
+    def choices(self, values: Mapping[str, str]) -> None:
+        self.chosen = dict(values)
+
     def history(self, key: str) -> list[float]:
         return [value for name, _, value in self.points if name == key]
 
@@ -50,7 +57,7 @@ def make_trainer(rank: Rank, config: Config, num_train: int | None = None) -> tu
     if num_train is not None:
         dataset = cut(dataset, num_train)
     recorder = Recorder()
-    return build_trainer(config, rank, dataset, recorder, StopRequest(), "test"), recorder
+    return build_trainer(config, rank, dataset, recorder, StopRequest(), StartupTimer(), "test"), recorder
 
 
 def cut(dataset: Dataset, num_train: int) -> Dataset:

@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pipeline.data.loading import ResidentLoader
 from pipeline.distributed import Rank
 from tests.ranks import run_ranks
 from tests.train.helpers import config_of, flat_weights, losses, make_trainer
+from train.static_step import StaticStep
+from train.step import EagerStep
+from train.trainer import Trainer
 
 NO_DROPOUT = ("model.dropout=0", "model.dropout2d=0")
 
@@ -28,8 +32,10 @@ def test_recorded_indices_of_the_global_batches_are_the_same_on_real_ranks() -> 
 def _recorded_batches(rank: Rank) -> list[list[int]]:
     """The indices of the samples a rank's loader gives, told by labels that are the indices."""
     trainer, _ = make_trainer(rank, config_of())
-    trainer.train_loader._pixels.labels.copy_(torch.arange(1437))  # type: ignore[attr-defined]
-    return [sum((labels.tolist() for _, labels in batch.micro_batches), []) for batch in trainer.train_loader]
+    loader = trainer.train_loader
+    assert isinstance(loader, ResidentLoader)
+    loader._labels = torch.arange(1437)
+    return [sum((loader.inputs(m)[1].tolist() for m in batch.micro_batches), []) for batch in loader]
 
 
 def test_losses_of_the_first_10_steps_in_float32_differ_by_less_than_1e_6_between_numbers_of_ranks() -> None:
@@ -74,20 +80,59 @@ def test_the_gradient_is_that_of_one_process_on_the_joined_batch(
     assert all(torch.equal(gradient, other) for other, _ in results)
 
 
-def _gradient(rank: Rank, num_samples: int, accumulate: int, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.mark.parametrize(("world_size", "num_samples"), [(1, 16), (1, 7), (3, 10), (4, 3)])
+@pytest.mark.parametrize("loss", ["nll", "mse"])
+def test_a_step_of_fixed_shapes_has_the_gradient_of_the_samples_that_are_not_padding(
+    world_size: int, num_samples: int, loss: str
+) -> None:
+    for gradient, reference in run_ranks(world_size, _gradient, num_samples, 1, loss, True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_of_ranks_on_several_nodes_are_those_of_one_process() -> None:
+    for gradient, reference in run_ranks(4, _gradient, 10, 1, "nll", num_local=2):
+        torch.testing.assert_close(gradient, reference, rtol=1e-10, atol=1e-12)
+
+
+def test_steps_of_fixed_shapes_train_as_others_do_dropout_included() -> None:
+    for fixed, eager in run_ranks(2, _trained_both_ways):
+        torch.testing.assert_close(fixed, eager, rtol=1e-5, atol=1e-6)
+
+
+def _trained_both_ways(rank: Rank) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four full steps: a padded one draws other random numbers."""
+    results = []
+    for fixed in (True, False):
+        trainer, _ = make_trainer(rank, config_of("optim.name=adam", "optim.lr=0.001"), 128)
+        trainer.schedule = replace(trainer.schedule, total_steps=4)
+        if fixed:
+            _fix_shapes(trainer, 16)
+        trainer.train_epoch()
+        results.append(flat_weights(trainer))
+    return results[0], results[1]
+
+
+def _fix_shapes(trainer: Trainer, batch_size: int) -> None:
+    assert isinstance(trainer.step, EagerStep)
+    trainer.step = StaticStep(trainer.step._parts, batch_size)
+
+
+def _gradient(
+    rank: Rank, num_samples: int, accumulate: int, loss: str, fixed_shapes: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one step over `num_samples`, seen as the change of the weights under plain SGD with lr 1; and by hand."""
     model = NO_DROPOUT if loss == "nll" else ("model.name=lenet_5x5", "data.image_size=32", "loss=mse")
     settings = ("train.precision=fp64", "optim.name=sgd", "optim.lr=1", "optim.schedule=constant")
     batching = ("data.global_batch_size=16", f"train.accumulate={accumulate}")
     trainer, _ = make_trainer(rank, config_of(*model, *settings, *batching), num_samples)
-    network, pixels = trainer.network, trainer.train_loader._pixels  # type: ignore[attr-defined]
-    before = flat_weights(trainer).clone()
-    output = network(trainer.train_loader._normalize(pixels.images))  # type: ignore[attr-defined]
-    if loss == "nll":
-        value = F.nll_loss(output, pixels.labels)
-    else:
-        value = F.mse_loss(output, F.one_hot(pixels.labels, 10).double())
+    network, before = trainer.network, flat_weights(trainer).clone()
+    images, labels = trainer.train_loader.inputs(torch.arange(num_samples))
+    output = network(images)
+    one_hot = F.one_hot(labels, 10).double()
+    value = F.nll_loss(output, labels) if loss == "nll" else F.mse_loss(output, one_hot)
     reference = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(network.parameters()))])
+    if fixed_shapes:
+        _fix_shapes(trainer, batch_size=16)
     (batch,) = list(trainer.train_loader)
     assert batch.global_count == num_samples
     trainer.step(batch, lr=1.0, global_step=0)
@@ -123,7 +168,7 @@ def _evaluated(rank: Rank, eval_batch_size: int) -> tuple[list[list[int]], float
     evaluation = trainer.evaluator.evaluate()
     assert evaluation.count == 360
     predictions = trainer.evaluator.predictions()
-    assert torch.equal(predictions.labels, trainer.evaluator._loader._pixels.labels)  # type: ignore[attr-defined]
+    assert torch.equal(predictions.labels, trainer.evaluator._loader._labels)  # type: ignore[attr-defined]
     assert int((predictions.labels == predictions.predicted).sum()) == evaluation.num_correct
     return evaluation.confusion.tolist(), evaluation.loss, predictions.predicted.tolist()
 

@@ -16,10 +16,11 @@ from pipeline.config import CommandLine
 from pipeline.data.loading import Batch
 from pipeline.distributed import Launch, Rank
 from pipeline.preemption import listen_for_stop
+from pipeline.timing import StartupTimer
 from tests.ranks import RankFailed, run_ranks
 from tests.train.helpers import DEFAULT, config_of
 from train.main import train
-from train.step import EagerStep, StepResult
+from train.step import EagerStep
 
 SMALL = (
     "data.dataset=synthetic",
@@ -54,12 +55,12 @@ def _train(
         EagerStep.__call__ = _with_signal(EagerStep.__call__, at_step, send)  # type: ignore[method-assign]
     launch = Launch(rank.rank, rank.local_rank, rank.world_size, rank.local_world_size)
     with listen_for_stop() as stop:
-        session = train(config_of(*settings), CommandLine(DEFAULT, settings, False), launch, rank, stop)
+        session = train(config_of(*settings), CommandLine(DEFAULT, settings, False), launch, rank, stop, StartupTimer())
     session.close()
 
 
-def _with_signal(step: Callable[..., StepResult], at_step: int, send: signal.Signals) -> Any:
-    def call(self: EagerStep, batch: Batch, *, lr: float, global_step: int) -> StepResult:
+def _with_signal(step: Callable[..., torch.Tensor], at_step: int, send: signal.Signals) -> Any:
+    def call(self: EagerStep, batch: Batch, *, lr: float, global_step: int) -> torch.Tensor:
         if global_step == at_step:
             os.kill(os.getpid(), send)
         return step(self, batch, lr=lr, global_step=global_step)

@@ -1,0 +1,201 @@
+"""Named times of the phases of a step, always on: a clock reading at each boundary and no more."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+logger = logging.getLogger("convoy")
+
+PHASES = ("data", "host_to_device", "forward", "backward", "communication", "update", "graph", "other")
+"""In the order of a step. `communication` is what of it is not hidden behind `backward`, waiting for other ranks
+included; `graph` is all from `data` to `update` where that is replayed as one; `other` is the loop's book-keeping."""
+
+
+class PhaseTimer(Protocol):
+    def start(self) -> None:
+        """Begin to count; what lies between the last lap and now belongs to no phase."""
+
+    def begin_step(self) -> None:
+        """A new optimizer step begins here."""
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap (or start) was spent in `phase`."""
+
+    def read(self) -> PhaseTimes:
+        """Since the last reading, which is forgotten."""
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """Of one rank."""
+
+    seconds: float
+    """On the clock of the host, all phases together."""
+    milliseconds: tuple[float, ...]
+    """Per optimizer step, by PHASES."""
+
+
+class HostTimer:
+    """For devices that compute while the call lasts: every step is timed, at 0.1 microseconds a lap."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._num_steps = 0
+        self._last = 0.0
+
+    def start(self) -> None:
+        self._last = time.perf_counter()
+
+    def begin_step(self) -> None:
+        self._num_steps += 1
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[phase] += now - self._last
+        self._last = now
+
+    def read(self) -> PhaseTimes:
+        seconds = [self._seconds[phase] for phase in PHASES]
+        milliseconds = tuple(1e3 * value / max(1, self._num_steps) for value in seconds)
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._num_steps = 0
+        return PhaseTimes(sum(seconds), milliseconds)
+
+
+class CudaTimer:
+    """For GPUs, where a call returns before its work is done: the first step after each reading is timed by events.
+
+    Events of the other steps would cost more than their phases where a step takes 100 microseconds. An event is read
+    only when the GPU has passed it, so that reading never waits.
+    """
+
+    def __init__(self) -> None:
+        self._host = HostTimer()
+        self._events: list[tuple[str, torch.cuda.Event]] = []
+        self._sampled: tuple[float, ...] | None = None
+        self._state = "idle"  # -> sampling -> complete, until read
+
+    def start(self) -> None:
+        self._host.start()
+        if self._state == "sampling":  # an evaluation or a save has cut the step off
+            self._state, self._events = "idle", []
+
+    def begin_step(self) -> None:
+        self._host.begin_step()
+        if self._state == "idle":
+            self._state = "sampling"
+            self._record("begin")
+        elif self._state == "sampling":
+            self._state = "complete"
+
+    def lap(self, phase: str) -> None:
+        self._host.lap(phase)
+        if self._state == "sampling":
+            self._record(phase)
+
+    def read(self) -> PhaseTimes:
+        if self._state == "complete" and self._events[-1][1].query():  # type: ignore[no-untyped-call]
+            totals = dict.fromkeys(PHASES, 0.0)
+            for (_, before), (phase, event) in zip(self._events, self._events[1:], strict=False):
+                totals[phase] += before.elapsed_time(event)
+            self._sampled = tuple(totals[phase] for phase in PHASES)
+            self._state, self._events = "idle", []
+        host = self._host.read()
+        return PhaseTimes(host.seconds, self._sampled or host.milliseconds)
+
+    def _record(self, phase: str) -> None:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append((phase, event))
+
+
+def build_timer(device: torch.device) -> PhaseTimer:
+    return CudaTimer() if device.type == "cuda" else HostTimer()
+
+
+@dataclass(frozen=True)
+class Straggler:
+    """The rank that keeps the others waiting."""
+
+    rank: int
+    imbalance: float
+    """Its own time over the mean of all ranks, minus 1."""
+    phase: str
+    """In which it is furthest behind the mean."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {"time/slowest_rank": float(self.rank), "time/imbalance": self.imbalance}
+
+
+def mean_times(rows: Sequence[Sequence[float]]) -> dict[str, float]:
+    """`time/<phase>_ms` -> milliseconds per optimizer step, mean over the ranks; `rows` are by rank and PHASES.
+
+    Phases that did not occur are left out.
+    """
+    means = {f"time/{phase}_ms": sum(row[i] for row in rows) / len(rows) for i, phase in enumerate(PHASES)}
+    return {name: mean for name, mean in means.items() if mean > 0}
+
+
+def find_straggler(rows: Sequence[Sequence[float]]) -> Straggler | None:
+    """The rank that spends most time before it meets the others: in `communication` they wait for it. None if alone."""
+    if len(rows) < 2:
+        return None
+    own = [i for i, phase in enumerate(PHASES) if phase != "communication"]
+    totals = [sum(row[i] for i in own) for row in rows]
+    slowest = max(range(len(rows)), key=totals.__getitem__)
+    behind = {i: rows[slowest][i] - sum(row[i] for row in rows) / len(rows) for i in own}
+    mean = sum(totals) / len(totals)
+    phase = PHASES[max(own, key=behind.__getitem__)]
+    return Straggler(slowest, totals[slowest] / mean - 1 if mean > 0 else 0.0, phase)
+
+
+class Recorder(Protocol):
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+
+class StartupTimer:
+    """Where the seconds from the start of this process to its first optimizer step went."""
+
+    def __init__(self) -> None:
+        """What lies before is the interpreter and its imports."""
+        self._began = self._last = time.perf_counter() - _process_age()
+        self._seconds: dict[str, float] = {}
+        self._done = False
+        self.lap("imports")
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[phase] = now - self._last
+        self._last = now
+
+    def after_step(self, output: Recorder, step: int) -> None:
+        """Behind the first step record `startup/<phase>_seconds` and their sum; later nothing."""
+        if self._done:
+            return
+        self._done = True
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+        self.lap("first_step")
+        total = self._last - self._began
+        output.metrics({f"startup/{phase}_seconds": s for phase, s in self._seconds.items()}, step)
+        output.metrics({"startup/total_seconds": total}, step)
+        parts = ", ".join(f"{phase.replace('_', ' ')} {seconds:.1f}" for phase, seconds in self._seconds.items())
+        logger.info("first step %.1f s after the start of the process: %s", total, parts)
+
+
+def _process_age() -> float:
+    """Seconds since this process was started; 0 where the system does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0

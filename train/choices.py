@@ -1,0 +1,72 @@
+"""How a training is executed where that is not set: by rule, never by timing, and by rank 0 for all.
+
+The rules look at the device, the shapes and the settings. Other ways of doing a step give other last bits: chosen by a
+stopwatch, they would make a run that nobody can repeat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.data.datasets import Dataset
+from pipeline.data.loading import choose_placement
+from pipeline.distributed import Rank
+from pipeline.precision import choose_precision
+
+
+@dataclass(frozen=True)
+class Choices:
+    placement: str
+    """`device` or `workers`, of the training images."""
+    eval_placement: str
+    is_captured: bool
+    """Whether the step is replayed as a CUDA graph."""
+    compress: bool
+    """Whether gradients travel as bf16."""
+    reasons: dict[str, str]
+    """What was chosen and why, for people: name of the tag -> text."""
+
+
+def choose(config: Config, rank: Rank, dataset: Dataset, network: nn.Module) -> Choices:
+    """Collective: every rank must call."""
+    return rank.from_main(lambda: _choose(config, rank, dataset, network))
+
+
+def _choose(config: Config, rank: Rank, dataset: Dataset, network: nn.Module) -> Choices:
+    setting, device = config.data.placement, rank.device
+    placement, why_there = choose_placement(setting, dataset.train.images.nbytes, device)
+    eval_placement, _ = choose_placement(setting, dataset.evaluation.images.nbytes, device)
+    obstacle = find_capture_obstacle(config, rank, placement, network)
+    precision = choose_precision(config.train.precision, device)
+    compress = rank.backend == "nccl" and (
+        config.train.compress == "bf16" or (config.train.compress == "auto" and precision == "bf16")
+    )
+    reasons = {
+        "placement": f"{placement} ({why_there})",
+        "precision": precision,
+        "step": "CUDA graph" if obstacle is None else f"eager ({obstacle})",
+    }
+    return Choices(placement, eval_placement, obstacle is None, compress, reasons)
+
+
+def find_capture_obstacle(config: Config, rank: Rank, placement: str, network: nn.Module) -> str | None:
+    """Why the step cannot be replayed as a CUDA graph; None if it can."""
+    obstacles = {
+        "on CPU": rank.device.type != "cuda",
+        "train.cuda_graph=never": config.train.cuda_graph == "never",
+        "several ranks without nccl": rank.world_size > 1 and rank.backend != "nccl",
+        "streamed data": placement != "device",
+        "train.accumulate > 1": config.train.accumulate > 1,
+        "fp16 scales the loss on the host": config.train.precision == "fp16",
+        "batch statistics forbid padding": has_batch_statistics(network),
+        "ranks without samples": config.data.global_batch_size < rank.world_size,
+    }
+    return next((name for name, holds in obstacles.items() if holds), None)
+
+
+def has_batch_statistics(network: nn.Module) -> bool:
+    """Whether padding a batch would change what the network computes for the other samples."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())

@@ -1,0 +1,45 @@
+"""`train.profile`: a trace of some steps, as torch's profiler sees them, for chrome://tracing or Perfetto."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from train.output import RunOutput
+
+NUM_SKIPPED = 5
+"""Steps before the trace begins, in which caches fill and kernels are chosen."""
+
+
+class Profiler(Protocol):
+    """Told of the end of each step."""
+
+    def after_step(self, output: RunOutput) -> None: ...
+
+
+class NoProfiler:
+    def after_step(self, output: RunOutput) -> None:
+        pass
+
+
+class StepProfiler:
+    """Traces `num_steps` consecutive steps of this rank and gives the trace to the run."""
+
+    def __init__(self, num_steps: int):
+        self._num_steps = num_steps
+        self._steps_seen = 0
+        self._profile: Any = None
+
+    def after_step(self, output: RunOutput) -> None:
+        self._steps_seen += 1
+        if self._steps_seen == NUM_SKIPPED:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profile = torch.profiler.profile(activities=activities, record_shapes=True)
+            self._profile.start()
+        elif self._steps_seen == NUM_SKIPPED + self._num_steps:
+            self._profile.stop()
+            output.save_trace(self._profile.export_chrome_trace)
+            self._profile = None
