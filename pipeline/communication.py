@@ -6,13 +6,14 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,6 +23,9 @@ from pipeline.timing import PhaseTimer
 SHARED_MEMORY = Path("/dev/shm")
 SLOT_BYTES = 4 * 2**20
 """Largest part of the gradients that is exchanged at a time, which bounds the memory: (ranks + 1) times this."""
+
+ONE_BUCKET = 2**20
+"""In MiB: more than any network has."""
 
 Hook = Callable[[Any, GradBucket], "torch.futures.Future[Tensor]"]
 
@@ -39,9 +43,21 @@ class NodeAverage:
         self._rank = rank
         self._memory = memory
         self._peers = peers
+        # a forked DataLoader worker would hold the connection of a rank that is dead
+        os.register_at_fork(after_in_child=self.close)
 
     def average(self, tensor: Tensor) -> None:
-        """Collective: every rank must call. In place; `tensor` is contiguous. Raises RuntimeError if a rank is gone."""
+        """Collective: every rank must call. In place; `tensor` is contiguous. Raises RuntimeError if a rank is gone.
+
+        Then this rank is not to be waited for either, so that all others learn of it at once.
+        """
+        try:
+            self._average(tensor)
+        except RuntimeError:
+            self.close()
+            raise
+
+    def _average(self, tensor: Tensor) -> None:
         world_size, index = self._rank.world_size, self._rank.rank
         slots = self._memory.view(tensor.dtype)
         for part in torch.split(tensor.view(-1), slots.shape[1]):
@@ -94,21 +110,30 @@ def open_node_average(rank: Rank, num_bytes: int, timeout: float) -> NodeAverage
     if rank.device.type != "cpu" or rank.world_size != rank.local_world_size or rank.world_size == 1:
         return None
     slot_bytes = min(SLOT_BYTES, -(-num_bytes // 64) * 64)
+    size = (rank.world_size + 1) * slot_bytes
     listener = socket.socket(socket.AF_UNIX)
-    folder = rank.from_main(lambda: _offer(listener, (rank.world_size + 1) * slot_bytes))
+    folder = rank.from_main(lambda: _offer(listener, size))
     if folder is None:
         return None
     try:
+        shared = _map(folder / "memory", size)
+        if rank.any(shared is None):  # on one node, but in containers of their own
+            return None
+        assert shared is not None
         peers = _accept_all(listener, rank, timeout) if rank.is_main else _connect(folder / "meet", timeout, rank)
-        shared = torch.from_file(
-            str(folder / "memory"), shared=True, size=(rank.world_size + 1) * slot_bytes, dtype=torch.uint8
-        )
         rank.any(False)  # all have opened it: nothing needs a name any more
     finally:
         listener.close()
         if rank.is_main:
             shutil.rmtree(folder)
     return NodeAverage(rank, shared.view(-1, slot_bytes), peers)
+
+
+def _map(memory: Path, size: int) -> Tensor | None:
+    try:
+        return torch.from_file(str(memory), shared=True, size=size, dtype=torch.uint8)
+    except RuntimeError:
+        return None
 
 
 def _offer(listener: socket.socket, num_bytes: int) -> Path | None:
@@ -130,11 +155,15 @@ def _offer(listener: socket.socket, num_bytes: int) -> Path | None:
 
 def _accept_all(listener: socket.socket, rank: Rank, timeout: float) -> dict[int, socket.socket]:
     listener.settimeout(timeout)
-    peers = {}
-    for _ in range(rank.world_size - 1):
-        peer, _ = listener.accept()
-        peer.settimeout(timeout)
-        peers[int.from_bytes(peer.recv(4), "little")] = peer
+    peers: dict[int, socket.socket] = {}
+    while len(peers) < rank.world_size - 1:
+        try:
+            peer, _ = listener.accept()
+            peer.settimeout(timeout)
+            peers[int.from_bytes(peer.recv(4), "little")] = peer
+        except TimeoutError as error:
+            missing = sorted(set(range(1, rank.world_size)) - peers.keys())
+            raise RuntimeError(f"exchange of gradients: waited {timeout:g} s in vain for rank(s) {missing}") from error
     return dict(sorted(peers.items()))
 
 
@@ -144,6 +173,64 @@ def _connect(address: Path, timeout: float, rank: Rank) -> dict[int, socket.sock
     peer.connect(str(address))
     peer.sendall(rank.rank.to_bytes(4, "little"))
     return {0: peer}
+
+
+def wrap(
+    network: nn.Module,
+    rank: Rank,
+    timer: PhaseTimer,
+    images: Tensor,
+    *,
+    timeout: float,
+    accumulate: int = 1,
+    compress: bool = False,
+    capture_stream: torch.cuda.Stream | None = None,
+) -> tuple[nn.Module, str]:
+    """Collective: every rank must call. DistributedDataParallel where there is more than one rank, and how it averages.
+
+    DDP puts all gradients into one bucket for its first step, and regroups them by the order in which they became
+    ready for all others. From three ranks on, the place in a bucket decides the order of summation, and so the last
+    bits: a resumed training would differ in its first step. Two passes for nothing, on `images`, get that over.
+
+    With `capture_stream` a step can be captured there in a CUDA graph, for which all of DDP has to be made there.
+    """
+    if rank.backend == "none":
+        return network, "of one rank"
+    on_one_node = rank.world_size == rank.local_world_size
+    with joined(capture_stream):
+        model = DistributedDataParallel(
+            network,
+            device_ids=[rank.device] if rank.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            static_graph=accumulate == 1,  # with no_sync it dies in an assertion
+            # between CPU ranks of a node there is nothing to hide: communication is work for the same cores
+            bucket_cap_mb=ONE_BUCKET if rank.device.type == "cpu" and on_one_node else None,
+        )
+        timed = capture_stream is None
+        gradients = average_gradients(model, rank, timer, timeout=timeout, compress=compress, timed=timed)
+        model.eval()  # batch statistics stay as they are
+        for _ in range(2):  # the regrouping is done when the second begins
+            model(images).sum().backward()
+            model.zero_grad(set_to_none=True)
+        model.train()  # type: ignore[no-untyped-call]
+    return model, gradients
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def joined(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work inside is queued on `stream`, behind what was queued before and before what comes after; None: as it is."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def average_gradients(

@@ -126,18 +126,18 @@ class Rank:
             raise RemoteError(told[1])
         return cast(T, told[0])
 
-    def once_per_node(self, action: Callable[[], object]) -> None:
-        """Collective: every rank must call. Local rank 0 of each node runs `action` before anyone goes on.
+    def together(self, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """Collective: every rank must call. What `action` returns on this rank, once it has returned on all.
 
-        That may be a download: the others wait longer than for any other collective.
+        If it raises, that rank raises the same, and all others RemoteError.
         """
-        patient: Any = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if self.world_size > 1 else None
-        error = _run(action)[1] if self.local_rank == 0 else None
-        failures = [text for text in self.gather(_describe(error), patient) if text is not None]
+        result, error = _run(action)
+        failures = [text for text in self.gather(_describe(error), group) if text is not None]
         if error is not None:
             raise error
         if failures:
             raise RemoteError(failures[0])
+        return cast(T, result)
 
     @property
     def _object_device(self) -> torch.device:
@@ -217,9 +217,9 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**30  # malloc.h
-    mallopt(m_mmap_threshold, largest)
-    mallopt(m_trim_threshold, largest)
+    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+    if mallopt(m_mmap_threshold, 2**30) or mallopt(m_mmap_threshold, 2**25):  # older ones take 32 MiB at most
+        mallopt(m_trim_threshold, 2**30)
 
 
 @contextmanager

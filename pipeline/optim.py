@@ -13,29 +13,34 @@ from torch import nn, optim
 from pipeline.config import OptimConfig
 
 
-def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter], device: torch.device) -> optim.Optimizer:
+def build_optimizer(
+    config: OptimConfig, weights: Iterable[nn.Parameter], *, capture_on: torch.device | None = None
+) -> optim.Optimizer:
     """In the fastest form that torch has: one kernel for all, or else one per operation for all parameters.
 
-    On a GPU the learning rate is a tensor and no step waits for the host, so that one can be captured in a CUDA graph.
+    With `capture_on` a step can be captured there in a CUDA graph: the learning rate is a tensor on that device.
     """
-    on_gpu = device.type == "cuda"
-    lr: Any = torch.tensor(config.lr, device=device) if on_gpu else config.lr
-    decay = config.weight_decay
+    parameters, decay, capturable = list(weights), config.weight_decay, capture_on is not None
+    lr: Any = torch.tensor(config.lr, device=capture_on) if capturable else config.lr
     match config.name:
         case "sgd":
-            return optim.SGD(
+            sgd = optim.SGD(
                 parameters, lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=decay, fused=True
             )
+            if config.momentum:
+                # else made without values by the first step, and left so if loss scaling skips that
+                sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters})
+            return sgd
         case "adam":
-            return optim.Adam(parameters, lr, weight_decay=decay, fused=True, capturable=on_gpu)
+            return optim.Adam(parameters, lr, weight_decay=decay, fused=True, capturable=capturable)
         case "adamw":
-            return optim.AdamW(parameters, lr, weight_decay=decay, fused=True, capturable=on_gpu)
+            return optim.AdamW(parameters, lr, weight_decay=decay, fused=True, capturable=capturable)
         case "rmsprop":
             return optim.RMSprop(
-                parameters, lr, momentum=config.momentum, weight_decay=decay, foreach=True, capturable=on_gpu
+                parameters, lr, momentum=config.momentum, weight_decay=decay, foreach=True, capturable=capturable
             )
         case "adadelta":
-            return optim.Adadelta(parameters, lr, weight_decay=decay, foreach=True, capturable=on_gpu)
+            return optim.Adadelta(parameters, lr, weight_decay=decay, foreach=True, capturable=capturable)
 
 
 def set_lr(optimizer: optim.Optimizer, lr: float) -> None:

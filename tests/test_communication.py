@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import communication
-from pipeline.communication import SHARED_MEMORY, NodeAverage, average_gradients, open_node_average
+from pipeline.communication import NodeAverage, average_gradients, open_node_average
 from pipeline.distributed import Rank, is_lost_connection
 from pipeline.timing import PHASES, HostTimer
 from tests.ranks import run_ranks
@@ -19,12 +22,16 @@ from tests.ranks import run_ranks
 SLOT_BYTES = 4096
 
 
-def left_behind() -> list[Path]:
-    return list(SHARED_MEMORY.glob("convoy-*"))
+@pytest.fixture
+def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in memory of this test alone."""
+    with tempfile.TemporaryDirectory(dir=communication.SHARED_MEMORY) as folder:
+        monkeypatch.setattr(communication, "SHARED_MEMORY", Path(folder))
+        yield Path(folder)
 
 
-def opened(rank: Rank, timeout: float = 30.0) -> NodeAverage:
-    node = open_node_average(rank, SLOT_BYTES, timeout)
+def opened(rank: Rank) -> NodeAverage:
+    node = open_node_average(rank, SLOT_BYTES, timeout=60.0)
     assert node is not None
     return node
 
@@ -32,12 +39,11 @@ def opened(rank: Rank, timeout: float = 30.0) -> NodeAverage:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_average_is_the_sum_in_the_order_of_the_ranks_over_their_number(
-    world_size: int, dtype: torch.dtype
+    world_size: int, dtype: torch.dtype, shared_memory: Path
 ) -> None:
-    before = left_behind()
     for averages, expected in run_ranks(world_size, _averages, dtype):
         assert all(torch.equal(a, e) for a, e in zip(averages, expected, strict=True))
-    assert left_behind() == before
+    assert list(shared_memory.iterdir()) == []
 
 
 def _averages(rank: Rank, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -78,7 +84,6 @@ def _leave_at_the_second_meeting(rank: Rank) -> object:
     try:
         node.average(torch.ones(10))
     except RuntimeError as error:
-        node.close()
         return str(error), time.monotonic() - began, is_lost_connection(error)
     return "went on"
 
@@ -89,13 +94,40 @@ def test_a_rank_that_stands_still_is_named_when_the_time_is_up() -> None:
 
 
 def _stand_still(rank: Rank) -> str:
-    node = opened(rank, timeout=1.0)
+    node = opened(rank)
+    for peer in node._peers.values():
+        peer.settimeout(1.0)
     if rank.rank == 1:
         time.sleep(3)
         return ""
     with pytest.raises(RuntimeError) as error:
         node.average(torch.ones(10))
     return str(error.value)
+
+
+def test_a_process_that_a_rank_forks_does_not_hold_its_connection() -> None:
+    assert run_ranks(2, _fork_and_leave)[0] == "exchange of gradients with rank 1: connection closed by peer"
+
+
+def _fork_and_leave(rank: Rank) -> str:
+    node = opened(rank)
+    if rank.rank == 1:
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,), daemon=True).start()
+        node.close()
+        return ""
+    with pytest.raises(RuntimeError) as error:
+        node.average(torch.ones(10))
+    return str(error.value)
+
+
+def test_a_rank_that_cannot_reach_the_shared_memory_makes_all_use_the_process_group() -> None:
+    assert run_ranks(3, _ddp_in_a_container)[0] == "gloo"
+
+
+def _ddp_in_a_container(rank: Rank) -> str:
+    if rank.rank == 1:
+        communication._map = lambda memory, size: None
+    return _ddp_step(rank)[0]
 
 
 def test_ranks_of_several_nodes_and_a_node_without_room_use_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,14 +193,14 @@ def test_in_a_world_of_one_errors_are_its_own() -> None:
     with pytest.raises(ZeroDivisionError, match="of rank 0"):
         ALONE.from_main(fail)
     with pytest.raises(ZeroDivisionError, match="of rank 0"):
-        ALONE.once_per_node(fail)
+        ALONE.together(fail)
 
 
 def test_in_a_world_of_one_an_action_runs_once() -> None:
     calls: list[str] = []
-    ALONE.once_per_node(lambda: calls.append("node"))
+    ALONE.together(lambda: calls.append("together"))
     ALONE.from_main(lambda: calls.append("main"))
-    assert calls == ["node", "main"]
+    assert calls == ["together", "main"]
 
 
 def inside_a_started_rank(rank: Rank) -> list[Any]:

@@ -15,9 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
-from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.communication import average_gradients
+from pipeline.communication import new_stream, wrap
 from pipeline.distributed import Launch, Rank, start_rank
 from tests.train.helpers import config_of, flat_weights, make_trainer
 from train.static_step import StaticStep
@@ -167,7 +166,7 @@ def _change_by_short_batch(rank: Rank) -> tuple[torch.Tensor, torch.Tensor]:
     exact = ("train.precision=fp64", "optim.name=sgd", "optim.lr=1", "model.dropout=0", "model.dropout2d=0")
     trainer, _ = make_trainer(rank, config_of(*SYNTHETIC, *exact), 7)
     assert isinstance(trainer.step, StaticStep)
-    trainer.step = StaticStep(trainer.step._parts, batch_size=64)
+    trainer.step = StaticStep(trainer.step._parts, batch_size=64, stream=trainer.step._stream)
     images, labels = trainer.train_loader.inputs(torch.arange(7, device=rank.device))
     loss = torch.nn.functional.nll_loss(trainer.network(images), labels)
     reference = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trainer.network.parameters()))])
@@ -187,18 +186,17 @@ def test_ddp_over_nccl_is_captured_too(compress: bool) -> None:
 def _train_with_ddp(rank: Rank, compress: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """One rank in a process group of its own: all that one GPU can show of NCCL."""
     dist.init_process_group("nccl", store=HashStore(), rank=0, world_size=1, device_id=rank.device)
+    rank = replace(rank, backend="nccl")
     results = []
     for captured in (True, False):
-        trainer, _ = make_trainer(rank, config_of(*SYNTHETIC, "train.precision=fp32"), 320)
+        stream = new_stream(rank.device) if captured else None
+        trainer, _ = make_trainer(replace(rank, backend="none"), config_of(*SYNTHETIC, "train.precision=fp32"), 320)
         assert isinstance(trainer.step, StaticStep)
-        parts = trainer.step._parts
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            model = DistributedDataParallel(parts.model, device_ids=[rank.device], gradient_as_bucket_view=True)
-            average_gradients(
-                model, replace(rank, backend="nccl"), parts.timer, timeout=60, compress=compress, timed=False
-            )
+        parts, images = trainer.step._parts, torch.zeros(1, 1, 28, 28, device=rank.device)
+        model, name = wrap(parts.model, rank, parts.timer, images, timeout=60, compress=compress, capture_stream=stream)
+        assert ("bfloat16" in name) == compress
         parts = replace(parts, model=model)
-        trainer.step = StaticStep(parts, 64) if captured else EagerStep(parts)
+        trainer.step = StaticStep(parts, 64, stream) if captured else EagerStep(parts)
         trainer.schedule = replace(trainer.schedule, total_steps=5)
         trainer.step.prepare()
         trainer.train_epoch()

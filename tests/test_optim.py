@@ -15,8 +15,6 @@ from torch.optim import lr_scheduler
 from pipeline.config import OptimConfig
 from pipeline.optim import Schedule, build_optimizer, set_lr
 
-CPU = torch.device("cpu")
-
 ScheduleName = Literal["constant", "step", "cosine", "one_cycle"]
 
 
@@ -45,7 +43,7 @@ def weights() -> nn.Parameter:
 )
 def test_an_optimizer_is_torchs_with_the_arguments_set(config: OptimConfig, expected: optim.Optimizer) -> None:
     parameter = weights()
-    built = build_optimizer(config, [parameter], CPU)
+    built = build_optimizer(config, [parameter])
     assert type(built) is type(expected)
     assert [group["params"] for group in built.param_groups] == [[parameter]]
 
@@ -63,7 +61,7 @@ def test_the_fast_form_of_an_optimizer_computes_what_the_plain_one_does(name: An
     results = []
     for plain in (False, True):
         parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
-        optimizer = build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.01), [parameter], CPU)
+        optimizer = build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.01), [parameter])
         if plain:
             optimizer.param_groups[0] |= {"fused": False, "foreach": False}
         for step, gradient in enumerate(gradients):
@@ -80,7 +78,7 @@ def test_weight_decay_is_decoupled_with_adamw_only() -> None:
     for name in ("adam", "adamw"):
         parameter = weights()
         parameter.grad = torch.zeros(3)
-        build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.5), [parameter], CPU).step()
+        build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.5), [parameter]).step()
         shrunk[name] = parameter[0].item()
     assert shrunk["adamw"] == pytest.approx(1 - 0.1 * 0.5, rel=1e-6)
     assert shrunk["adam"] == pytest.approx(1 - 0.1, rel=1e-6)  # Adam's first step is the sign of the gradient
@@ -208,3 +206,19 @@ def test_a_schedule_has_no_state_to_change() -> None:
     schedule, field = Schedule(OptimConfig(), 1, 1), "total_steps"
     with pytest.raises(FrozenInstanceError):
         setattr(schedule, field, 2)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_first_step_that_loss_scaling_skips_leaves_momentum_at_zero(nesterov: bool) -> None:
+    parameter = nn.Parameter(torch.ones(1000))
+    config = OptimConfig(name="sgd", lr=0.1, momentum=0.9, nesterov=nesterov)
+    optimizer = build_optimizer(config, [parameter])
+    parameter.grad = torch.full((1000,), float("inf"))
+    # what torch.amp.GradScaler sets when a gradient overflowed
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones(1000))
+    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    parameter.grad = torch.ones(1000)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full((1000,), 1 - 0.1 * (1.9 if nesterov else 1.0)))

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
-from pipeline.timing import PHASES, HostTimer, StartupTimer, find_straggler, mean_times
+from pipeline.timing import PHASES, CudaTimer, HostTimer, StartupTimer, find_straggler, mean_times
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +51,47 @@ def test_what_lies_before_start_belongs_to_no_phase_and_reading_forgets(clock: l
     timer.lap("backward")
     assert timer.read().seconds == 1
     assert timer.read().seconds == 0
+
+
+class PassedEvent:
+    """A CUDA event that the GPU passes as soon as it is recorded, by the clock of the test."""
+
+    def __init__(self, *, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, later: PassedEvent) -> float:
+        return 1e3 * (later.at - self.at)
+
+
+def test_on_a_gpu_one_step_after_each_reading_is_timed_by_events(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", PassedEvent)
+    timer = CudaTimer()
+    timer.start()
+    for seconds in (1.0, 5.0, 7.0):  # the first is the sample
+        timer.begin_step()
+        for phase in ("data", "graph"):
+            clock[0] += seconds
+            timer.lap(phase)
+    times = timer.read()
+    assert list(times.milliseconds) == row(data=1000, graph=1000)
+    assert times.seconds == 26  # the host counts all
+    timer.begin_step()
+    clock[0] += 3
+    timer.lap("graph")
+    timer.start()  # cut off by an evaluation
+    timer.begin_step()
+    clock[0] += 2
+    timer.lap("graph")
+    timer.begin_step()
+    assert list(timer.read().milliseconds) == row(graph=2000)
 
 
 def test_means_are_over_the_ranks_and_leave_out_what_did_not_occur() -> None:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from pipeline.checkpoint import Checkpoints
-from pipeline.communication import average_gradients
+from pipeline.communication import new_stream, wrap
 from pipeline.config import Config, Problem
 from pipeline.data.datasets import (
     DATASETS,
@@ -36,7 +35,7 @@ from pipeline.preemption import StopRequest
 from pipeline.run_folder import RunFolder
 from pipeline.seeding import stream_seed
 from pipeline.timing import PhaseTimer, StartupTimer, build_timer
-from train.choices import Choices, choose
+from train.choices import choose
 from train.display import BarDisplay, Display, LineDisplay, NoDisplay
 from train.evaluation import Evaluator
 from train.output import RunOutput
@@ -44,9 +43,6 @@ from train.profiling import NoProfiler, StepProfiler
 from train.static_step import StaticStep
 from train.step import EagerStep, StepParts
 from train.trainer import Trainer
-
-ONE_BUCKET = 2**20
-"""In MiB: more than any network has."""
 
 
 def dataset_info(config: Config) -> DatasetInfo:
@@ -115,7 +111,7 @@ def _find_device_contradictions(config: Config, launch: Launch) -> Iterable[Prob
         yield Problem(("train.device", "train.backend"), str(error))
         return
     if device.type == "cpu" and config.train.device == "auto":
-        for key, value in (("train.precision", "fp16"), ("train.backend", "nccl")):
+        for key, value in (("train.precision", "fp16"), ("train.backend", "nccl"), ("train.compress", "bf16")):
             if config.get(key) == value:
                 yield Problem((key, "train.device"), f"{key} = {value}: needs a GPU, and torch sees none here")
 
@@ -175,13 +171,24 @@ def build_trainer(
     choices = choose(config, rank, dataset, network)
     if config.train.compile:
         network.compile()
-    optimizer = build_optimizer(config.optim, network.parameters(), rank.device)
+    stream = new_stream(rank.device) if choices.is_captured else None
+    optimizer = build_optimizer(config.optim, network.parameters(), capture_on=rank.device if stream else None)
     timer = build_timer(rank.device)
     normalize = Normalize(info.mean, info.std, precision.weights_dtype).to(rank.device)
     train_sampler, eval_sampler = _train_sampler(config, rank, dataset), _eval_sampler(config, rank, dataset)
     train_loader = _build_loader(config, choices.placement, dataset.train, train_sampler, normalize, timer)
-    eval_loader = _build_loader(config, choices.eval_placement, dataset.evaluation, eval_sampler, normalize, timer)
-    model, gradients = wrap(config, network, rank, normalize(dataset.train.images[:1].to(rank.device)), timer, choices)
+    apart = build_timer(rank.device)  # an evaluation belongs to no step
+    eval_loader = _build_loader(config, choices.placement, dataset.evaluation, eval_sampler, normalize, apart)
+    model, gradients = wrap(
+        network,
+        rank,
+        timer,
+        normalize(dataset.train.images[:1].to(rank.device)),
+        timeout=config.train.hang_timeout,
+        accumulate=config.train.accumulate,
+        compress=choices.compress,
+        capture_stream=stream,
+    )
     output.choices(choices.reasons | {"gradients": gradients})
     parts = StepParts(
         model=model,
@@ -198,7 +205,7 @@ def build_trainer(
         config=config,
         rank=rank,
         network=network,
-        step=StaticStep(parts, train_sampler.full_share) if choices.is_captured else EagerStep(parts),
+        step=StaticStep(parts, train_sampler.full_share, stream) if stream else EagerStep(parts),
         optimizer=optimizer,
         schedule=build_schedule(config, info),
         precision=precision,
@@ -212,45 +219,6 @@ def build_trainer(
         profiler=StepProfiler(config.train.profile) if config.train.profile and rank.is_main else NoProfiler(),
         run_id=run_id,
     )
-
-
-def wrap(
-    config: Config, network: nn.Module, rank: Rank, images: Tensor, timer: PhaseTimer, choices: Choices
-) -> tuple[nn.Module, str]:
-    """Collective: every rank must call. DistributedDataParallel where there is more than one rank, and how it averages.
-
-    DDP puts all gradients into one bucket for its first step, and regroups them by the order in which they became
-    ready for all others. From three ranks on, the place in a bucket decides the order of summation, and so the last
-    bits: a resumed training would differ in its first step. Two passes for nothing, on `images`, get that over.
-    """
-    if rank.world_size == 1:
-        return network, "of one rank"
-    on_gpu = rank.device.type == "cuda"
-    # on a stream of its own, as a later capture in a CUDA graph demands
-    stream = torch.cuda.Stream(rank.device) if on_gpu else None  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        model = DistributedDataParallel(
-            network,
-            device_ids=[rank.device] if on_gpu else None,
-            gradient_as_bucket_view=True,
-            static_graph=config.train.accumulate == 1,  # with no_sync it dies in an assertion
-            # on CPU nothing overlaps in earnest, since communication computes: one bucket is met for once
-            bucket_cap_mb=None if on_gpu else ONE_BUCKET,
-        )
-        gradients = average_gradients(
-            model,
-            rank,
-            timer,
-            timeout=config.train.hang_timeout,
-            compress=choices.compress,
-            timed=not choices.is_captured,
-        )
-        model.eval()  # batch statistics stay as they are
-        for _ in range(2):  # the regrouping is done when the second begins
-            model(images).sum().backward()
-            model.zero_grad(set_to_none=True)
-        model.train()  # type: ignore[no-untyped-call]
-    return model, gradients
 
 
 def _train_sampler(config: Config, rank: Rank, dataset: Dataset) -> GlobalOrderSampler:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from pipeline.config import Config
@@ -20,8 +21,7 @@ from pipeline.precision import choose_precision
 @dataclass(frozen=True)
 class Choices:
     placement: str
-    """`device` or `workers`, of the training images."""
-    eval_placement: str
+    """`device` or `workers`."""
     is_captured: bool
     """Whether the step is replayed as a CUDA graph."""
     compress: bool
@@ -36,9 +36,9 @@ def choose(config: Config, rank: Rank, dataset: Dataset, network: nn.Module) -> 
 
 
 def _choose(config: Config, rank: Rank, dataset: Dataset, network: nn.Module) -> Choices:
-    setting, device = config.data.placement, rank.device
-    placement, why_there = choose_placement(setting, dataset.train.images.nbytes, device)
-    eval_placement, _ = choose_placement(setting, dataset.evaluation.images.nbytes, device)
+    device, num_bytes = rank.device, dataset.train.images.nbytes + dataset.evaluation.images.nbytes
+    num_sharing = -(-rank.local_world_size // max(1, torch.cuda.device_count()))
+    placement, why_there = choose_placement(config.data.placement, num_bytes * num_sharing, device)
     obstacle = find_capture_obstacle(config, rank, placement, network)
     precision = choose_precision(config.train.precision, device)
     compress = rank.backend == "nccl" and (
@@ -49,7 +49,7 @@ def _choose(config: Config, rank: Rank, dataset: Dataset, network: nn.Module) ->
         "precision": precision,
         "step": "CUDA graph" if obstacle is None else f"eager ({obstacle})",
     }
-    return Choices(placement, eval_placement, obstacle is None, compress, reasons)
+    return Choices(placement, obstacle is None, compress, reasons)
 
 
 def find_capture_obstacle(config: Config, rank: Rank, placement: str, network: nn.Module) -> str | None:

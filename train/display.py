@@ -24,7 +24,8 @@ class Display(Protocol):
     def advance(self, count: int) -> None: ...
     def record(self, step: int, metrics: Mapping[str, float], straggler: Straggler | None) -> None: ...
     def end_epoch(self) -> None: ...
-    def evaluated(self, epoch: int, evaluation: Evaluation) -> None: ...
+    def evaluated(self, epoch: int, evaluation: Evaluation, seconds: float) -> None: ...
+    def saved(self, step: int, seconds: float) -> None: ...
 
 
 class NoDisplay:
@@ -42,7 +43,10 @@ class NoDisplay:
     def end_epoch(self) -> None:
         pass
 
-    def evaluated(self, epoch: int, evaluation: Evaluation) -> None:
+    def evaluated(self, epoch: int, evaluation: Evaluation, seconds: float) -> None:
+        pass
+
+    def saved(self, step: int, seconds: float) -> None:
         pass
 
 
@@ -80,8 +84,11 @@ class LineDisplay:
     def end_epoch(self) -> None:
         pass
 
-    def evaluated(self, epoch: int, evaluation: Evaluation) -> None:
-        logger.info("%s", _describe(epoch, self._num_epochs, evaluation))
+    def evaluated(self, epoch: int, evaluation: Evaluation, seconds: float) -> None:
+        logger.info("%s", _describe(epoch, self._num_epochs, evaluation, seconds))
+
+    def saved(self, step: int, seconds: float) -> None:
+        logger.info("step %d saved in %.2f s", step, seconds)
 
 
 class BarDisplay:
@@ -116,16 +123,21 @@ class BarDisplay:
         if self._bar is not None:
             self._bar.close()
 
-    def evaluated(self, epoch: int, evaluation: Evaluation) -> None:
-        tqdm.write(_describe(epoch, self._num_epochs, evaluation))
+    def evaluated(self, epoch: int, evaluation: Evaluation, seconds: float) -> None:
+        tqdm.write(_describe(epoch, self._num_epochs, evaluation, seconds))
         if self._times:
             tqdm.write(self._times)
 
+    def saved(self, step: int, seconds: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(saved=f"step {step}", refresh=False)
 
-def _describe(epoch: int, num_epochs: int, evaluation: Evaluation) -> str:
+
+def _describe(epoch: int, num_epochs: int, evaluation: Evaluation, seconds: float) -> str:
     return (
         f"epoch {epoch + 1}/{num_epochs}  test loss {evaluation.loss:.4f}  "
-        f"accuracy {evaluation.accuracy:.2%} ({evaluation.num_correct:,}/{evaluation.count:,})"
+        f"accuracy {evaluation.accuracy:.2%} ({evaluation.num_correct:,}/{evaluation.count:,}), "
+        f"evaluated in {seconds:.1f} s"
     )
 
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 import torch
 
 from train.output import RunOutput
 
+logger = logging.getLogger("convoy")
+
 NUM_SKIPPED = 5
 """Steps before the trace begins, in which caches fill and kernels are chosen."""
 
 
 class Profiler(Protocol):
-    """Told of the end of each step."""
+    """Told of the end of each step, and of the training."""
 
-    def after_step(self, output: RunOutput) -> None: ...
+    def after_step(self, output: RunOutput) -> bool:
+        """Whether it took its time to write a trace."""
+
+    def close(self, output: RunOutput) -> None:
+        """Write what there is of a trace that is not complete."""
 
 
 class NoProfiler:
-    def after_step(self, output: RunOutput) -> None:
+    def after_step(self, output: RunOutput) -> bool:
+        return False
+
+    def close(self, output: RunOutput) -> None:
         pass
 
 
@@ -31,7 +41,7 @@ class StepProfiler:
         self._steps_seen = 0
         self._profile: Any = None
 
-    def after_step(self, output: RunOutput) -> None:
+    def after_step(self, output: RunOutput) -> bool:
         self._steps_seen += 1
         if self._steps_seen == NUM_SKIPPED:
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -40,6 +50,14 @@ class StepProfiler:
             self._profile = torch.profiler.profile(activities=activities, record_shapes=True)
             self._profile.start()
         elif self._steps_seen == NUM_SKIPPED + self._num_steps:
+            self.close(output)
+            return True
+        return False
+
+    def close(self, output: RunOutput) -> None:
+        if self._profile is not None:
             self._profile.stop()
             output.save_trace(self._profile.export_chrome_trace)
             self._profile = None
+        elif self._steps_seen < NUM_SKIPPED:
+            logger.warning("no trace: the training ended before step %d, behind which it begins", NUM_SKIPPED)

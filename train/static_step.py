@@ -6,9 +6,12 @@ Replaying a graph launches them all at once.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
+from pipeline.communication import joined
 from pipeline.data.loading import Batch
 from pipeline.optim import set_lr
 from pipeline.seeding import stream_seed
@@ -25,11 +28,12 @@ class StaticStep:
     statistics. On CPU nothing is captured, which serves to test the arithmetic.
     """
 
-    def __init__(self, parts: StepParts, batch_size: int):
-        """`batch_size`: samples of this rank in a full step."""
+    def __init__(self, parts: StepParts, batch_size: int, stream: torch.cuda.Stream | None = None):
+        """`batch_size`: the most samples of this rank in a step. `stream`: where DDP was made, to capture on."""
         device, dtype = parts.rank.device, parts.precision.weights_dtype
         self._parts = parts
         self._parameters = parts.parameters
+        self._stream = stream
         self._indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._weights = torch.zeros(batch_size, dtype=dtype, device=device)
         self._scale = torch.zeros((), dtype=dtype, device=device)
@@ -39,20 +43,18 @@ class StaticStep:
 
     def prepare(self) -> None:
         """Collective: every rank must call. Capture the step; weights and optimizer are left as they are."""
-        if self._parts.rank.device.type != "cuda" or self._graph is not None:
+        if self._stream is None or self._graph is not None:
             return
         before = self._snapshot()
         set_lr(self._parts.optimizer, 0.0)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with joined(self._stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True.*")  # soon it will be captured
             for _ in range(NUM_WARM_UP):
                 self._compute()
-        torch.cuda.current_stream().wait_stream(side)
         self._restore(before)
         graph = torch.cuda.CUDAGraph()
         # thread_local: threads of the process group and of the loaders may go on using the device meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._sums = self._compute()
         self._graph = graph
 

@@ -75,6 +75,13 @@ class Trainer:
         """Collective: every rank must call. Train from `position` to the last epoch, or until asked to stop."""
         self.step.prepare()
         self.timer.read()  # forgets what the preparation took
+        outcome = self._train_epochs()
+        self.profiler.close(self.output)
+        if outcome == "finished" and self.last_evaluation is None:  # resumed behind the last epoch
+            self.last_evaluation = self.evaluator.evaluate()
+        return outcome
+
+    def _train_epochs(self) -> Outcome:
         while self.position.epoch < self.config.train.epochs:
             if not self.train_epoch():
                 self.save()
@@ -82,8 +89,6 @@ class Trainer:
             self.evaluate()
             if self.position.epoch < self.config.train.epochs and self.rank.any(bool(self.stop)):
                 return "preempted"
-        if self.last_evaluation is None:  # resumed behind the last epoch: what follows needs one
-            self.last_evaluation = self.evaluator.evaluate()
         return "finished"
 
     def train_epoch(self) -> bool:
@@ -109,6 +114,7 @@ class Trainer:
             if self._stopping:
                 break
         self.finish_record()
+        self.timer.lap("other")
         self.display.end_epoch()
         if samples_seen == 0 and not self._stopping:
             self.output.metrics({"perf/epoch_seconds": time.perf_counter() - started}, self.position.global_step)
@@ -117,7 +123,8 @@ class Trainer:
     def _after_step(self, lr: float) -> None:
         """Collective: every rank must call. Whatever is due at this step."""
         self.startup.after_step(self.output, self.position.global_step)
-        self.profiler.after_step(self.output)
+        if self.profiler.after_step(self.output):
+            self.timer.start()  # writing the trace belongs to no step
         self.finish_record()
         if self._is_due(self.config.train.log_every) or self.position.global_step == self.schedule.total_steps:
             self.begin_record(lr)
@@ -141,7 +148,9 @@ class Trainer:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        self.timer.lap("other")
         record = pending.sums.result()
+        self.timer.lap("communication")
         self._stopping = self._stopping or record.votes > 0
         straggler = find_straggler(record.rows)
         metrics = record.metrics | {"train/lr": pending.lr, "perf/images_per_second": pending.images_per_second}
@@ -153,11 +162,12 @@ class Trainer:
         """Collective: every rank must call. Ends the epoch: evaluate, record, remember the best, save."""
         started = time.perf_counter()
         evaluation = self.evaluator.evaluate()
-        self.output.metrics({"time/evaluation_seconds": time.perf_counter() - started}, self.position.global_step)
+        seconds = time.perf_counter() - started
+        self.timer.start()  # it belongs to no step
         self.last_evaluation = evaluation
         values = {"eval/loss": evaluation.loss, "eval/accuracy": evaluation.accuracy}
-        self.output.metrics(values, self.position.global_step)
-        self.display.evaluated(self.position.epoch, evaluation)
+        self.output.metrics(values | {"time/evaluation_seconds": seconds}, self.position.global_step)
+        self.display.evaluated(self.position.epoch, evaluation, seconds)
         value = values[self.config.checkpoint.metric]
         if self.best is None or is_better(self.config.checkpoint.metric, value, self.best.value):
             self.best = Best(value, self.position.global_step)
@@ -171,7 +181,9 @@ class Trainer:
         self.timer.lap("other")
         started = time.perf_counter()
         self.output.save_checkpoint(self.state(), value)
-        self.output.metrics({"time/save_seconds": time.perf_counter() - started}, self.position.global_step)
+        seconds = time.perf_counter() - started
+        self.output.metrics({"time/save_seconds": seconds}, self.position.global_step)
+        self.display.saved(self.position.global_step, seconds)
         self.timer.start()
 
     def state(self) -> TrainingState:

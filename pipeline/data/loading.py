@@ -164,13 +164,13 @@ class StreamedLoader:
             moved = tuple(tuple(t.to(self._device, non_blocking=True) for t in pair) for pair in pixels)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        self._timer.lap("host_to_device")
         return Batch(step.start, step.global_count, moved), arrived
 
     def _take(self, batch: Batch, arrived: torch.cuda.Event | None) -> Batch:
         if arrived is not None:
             computing = torch.cuda.current_stream(self._device)
             computing.wait_event(arrived)
+            self._timer.lap("host_to_device")  # as far as computing has to wait for the copy
             for tensor in (tensor for pair in batch.micro_batches for tensor in pair):
                 tensor.record_stream(computing)  # or its memory would be given to the next copy too early
         return batch

@@ -61,9 +61,8 @@ class GlobalOrderSampler(DistributedSampler[int]):
 
     @property
     def full_share(self) -> int:
-        """Samples of this rank in a step that is not cut short by the end of the epoch."""
-        full = range(min(self.global_batch_size, self.total_size))
-        return len(full[share(len(full), self.rank, self.num_replicas)])
+        """The most samples that any rank has in a step; the share of a shorter batch can be the larger one."""
+        return int(-(-min(self.global_batch_size, self.total_size) // self.num_replicas))
 
     def set_position(self, epoch: int, samples_seen: int = 0) -> None:
         """Begin the next iteration in `epoch` behind its first `samples_seen` samples (over all ranks)."""

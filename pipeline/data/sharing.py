@@ -14,15 +14,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.data.datasets import Dataset, DatasetInfo, ImageSet
-from pipeline.distributed import LONG_TIMEOUT, Rank, RemoteError
+from pipeline.distributed import LONG_TIMEOUT, Rank
 
-T = TypeVar("T")
 SHARED_MEMORY = Path("/dev/shm")
 """A file here lies in memory alone."""
 ALIGNMENT = 64
@@ -55,7 +54,7 @@ def _load_once_per_node(rank: Rank, load: Callable[[], Dataset]) -> Dataset:
             file = _write(dataset, until_mapped) if rank.local_world_size > 1 else None
             return file or dataset
 
-        own = _together(rank, patient, load_once)
+        own = rank.together(load_once, patient)
         offers = rank.gather(own if isinstance(own, SharedFile) else None, patient)
         offer = offers[rank.rank - rank.local_rank]  # torchrun numbers the ranks of a node one after the other
 
@@ -65,25 +64,7 @@ def _load_once_per_node(rank: Rank, load: Callable[[], Dataset]) -> Dataset:
                 return mapped
             return own if isinstance(own, Dataset) else load()
 
-        return _together(rank, patient, take)
-
-
-def _together(rank: Rank, group: Any, action: Callable[[], T]) -> T:
-    """Collective: every rank must call. What `action` returns on this rank, once it has returned on all.
-
-    If it raises, that rank raises the same, and all others RemoteError.
-    """
-    result, error = None, None
-    try:
-        result = action()
-    except Exception as caught:  # the others have to be told first
-        error = caught
-    failures = rank.gather(None if error is None else f"{type(error).__name__}: {error}", group)
-    if error is not None:
-        raise error
-    if any(failures):
-        raise RemoteError(next(text for text in failures if text))
-    return cast(T, result)
+        return rank.together(take, patient)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The networks of the tutorials this project grew from, as plain sequences of named layers.
 
-Each builder takes the channels, the side in pixels and the classes of the dataset, so that none is typed in twice. Where
-a tutorial has a ReLU and then a pool, the pool comes first here: values and gradients are the same, since the largest of
-four stays the largest, for a quarter of the ReLU's work.
+Each builder takes the channels, the side in pixels and the classes of the dataset, so that none is typed in twice.
+Where a tutorial has a ReLU and then a pool, the pool comes first here: values and gradients are the same, since the
+largest of four stays the largest, for a quarter of the ReLU's work.
 """
 
 from __future__ import annotations

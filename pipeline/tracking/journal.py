@@ -21,12 +21,14 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 VERSION = 1
 NAME_LENGTH = 250
 NONFINITE = "_nonfinite"
+encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode  # json.dumps would make one for each record
 
 
 class Journal:
@@ -50,8 +52,7 @@ class Journal:
 
     def append_all(self, records: list[dict[str, Any]]) -> None:
         """Records that make sense only together, in one write."""
-        lines = (json.dumps({"v": VERSION, **record}, allow_nan=False, separators=(",", ":")) for record in records)
-        data = "".join(line + "\n" for line in lines).encode()
+        data = "".join(encode({"v": VERSION, **record}) + "\n" for record in records).encode()
         while data:
             data = data[os.write(self._file, data) :]
 
@@ -115,6 +116,7 @@ def read_entries(path: Path, offset: int = 0) -> list[tuple[dict[str, Any], int]
     return entries
 
 
+@lru_cache(maxsize=1024)
 def clean_name(name: str, limit: int = NAME_LENGTH) -> str:
     """A metric name that MLflow takes: other characters become `_`, empty path parts go, and what is too long.
 

@@ -88,3 +88,16 @@ def test_shares_are_contiguous_and_complete() -> None:
     for count in range(20):
         shares = [list(range(count))[share(count, i, 6)] for i in range(6)]
         assert sum(shares, []) == list(range(count))
+
+
+def test_no_share_of_any_step_is_larger_than_a_full_one_is_said_to_be() -> None:
+    for world_size in range(1, 9):
+        for batch in range(1, 20):
+            for total in (batch - 1, batch, 2 * batch - 1, 3 * batch + batch // 2):
+                if total > 0:
+                    samplers = [
+                        GlobalOrderSampler(total, global_batch_size=batch, world_size=world_size, rank=rank)
+                        for rank in range(world_size)
+                    ]
+                    shares = [len(step.micro_batches[0]) for sampler in samplers for step in sampler.steps()]
+                    assert max(shares) == samplers[0].full_share
