@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import os
 import socket
@@ -87,6 +88,11 @@ class Rank:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def wait_for_device(self) -> None:
+        """Until all that was queued on this rank's GPU is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Collective: every rank must call. Sums `tensor` over the ranks in place, and returns it."""
@@ -246,6 +252,9 @@ def start_rank(
     torch.set_num_threads(num_threads)
     keep_freed_memory()
     if launch.world_size > 1:
+        # DDP imports it, and then the defaults of its functions hold the group for ever: gloo's threads outlive it, and
+        # now and then abort the process at its exit. Imported before there is a group, they hold nothing.
+        importlib.import_module("torch.distributed.nn.functional")
         patience = timedelta(seconds=timeout)
         store, _, _ = next(find_store(rendezvous, launch.rank, launch.world_size, timeout=patience))
         dist.init_process_group(

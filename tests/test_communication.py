@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from pipeline.distributed import Rank, is_lost_connection
 from pipeline.timing import PHASES, HostTimer
 from tests.ranks import run_ranks
 
+ROOT = Path(__file__).parents[1]
 SLOT_BYTES = 4096
 
 
@@ -162,3 +166,23 @@ def _ddp_step(rank: Rank, late: float = 0.0) -> tuple[str, torch.Tensor, tuple[f
     timer.lap("communication")
     assert layer.weight.grad is not None
     return name, layer.weight.grad, timer.read().milliseconds
+
+
+def test_no_thread_of_the_process_group_outlives_it(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        """
+import os, torch
+from pipeline.communication import wrap
+from pipeline.distributed import Launch, start_rank
+from pipeline.timing import HostTimer
+
+with start_rank(Launch.from_environment(os.environ)) as rank:
+    wrap(torch.nn.Linear(3, 2), rank, HostTimer(), torch.zeros(1, 3), timeout=30)
+print("threads at the end:", len(os.listdir("/proc/self/task")), flush=True)
+"""
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("threads at the end: 1\n") == 2, done.stdout + done.stderr

@@ -114,6 +114,7 @@ class Trainer:
             if self._stopping:
                 break
         self.finish_record()
+        self.rank.wait_for_device()  # or the seconds of its last steps would be counted elsewhere
         self.timer.lap("other")
         self.display.end_epoch()
         if samples_seen == 0 and not self._stopping:
