@@ -63,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             results[name], text = parts[name](given)
             texts.append(f"## {name}\n\n{text}")
             print(f"{texts[-1]}\n", flush=True)
+            paths = write_results(given.out, results, "\n\n".join(texts))
     except BenchmarkError as error:
         print(error, file=sys.stderr)
         return 1
-    paths = write_results(given.out, results, "\n\n".join(texts))
     print(f"written to {paths[0]} and {paths[1].name}")
     return 0
 
