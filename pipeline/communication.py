@@ -6,8 +6,9 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +22,95 @@ from pipeline.distributed import Rank
 from pipeline.timing import PhaseTimer
 
 SHARED_MEMORY = Path("/dev/shm")
-SLOT_BYTES = 4 * 2**20
-"""Largest part of the gradients that is exchanged at a time, which bounds the memory: (ranks + 1) times this."""
+ALIGNMENT = 64
+"""In bytes: what belongs to a rank begins in a cache line of its own."""
 
-ONE_BUCKET = 2**20
-"""In MiB: more than any network has."""
 
-Hook = Callable[[Any, GradBucket], "torch.futures.Future[Tensor]"]
+@dataclass(frozen=True)
+class Replicas:
+    """A network that has the same weights on every rank, and is trained by the mean of their gradients."""
+
+    model: nn.Module
+    """What a batch goes through."""
+    average: Callable[[], None] = lambda: None
+    """Collective: every rank must call, behind the last `backward()` of a step. Then the gradients are the means."""
+    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Around forward and backward of those before, whose gradients are only added up."""
+    gradients: str = "of one rank"
+    """How they are averaged, for the record."""
 
 
 class NodeAverage:
-    """Averages tensors over the CPU ranks of one node, each of which reads what the others wrote.
+    """Averages the gradients of the CPU ranks of one node, each of which reads what the others wrote.
 
-    A third of what gloo takes over the loopback, which copies through the kernel and has threads of its own that
-    compete with the computing for the cores. Every rank writes its tensor into a slot, sums one stripe of all slots in
-    the order of the ranks, and reads the stripes of the others; between these they meet at a socket.
+    A fraction of what gloo takes over the loopback, which copies through the kernel and has threads of its own that
+    compete with the computing for the cores. Every rank writes its gradients into a slot, sums one stripe of all slots
+    in the order of the ranks, and reads the stripes of the others; between these they meet at a socket. Buffers (batch
+    statistics) become those of rank 0, as under DistributedDataParallel.
     """
 
-    def __init__(self, rank: Rank, memory: Tensor, peers: dict[int, socket.socket]):
-        """`memory`: uint8 [ranks + 1, slot bytes], shared. `peers`: of rank 0 all others, of the others rank 0."""
+    def __init__(
+        self, rank: Rank, network: nn.Module, timer: PhaseTimer, memory: Tensor, peers: dict[int, socket.socket]
+    ):
+        """`memory`: uint8, shared, of the size `open_node_average` takes. `peers`: of rank 0 all others, else rank 0.
+
+        `timer` gets a lap for `backward` where communication begins.
+        """
         self._rank = rank
-        self._memory = memory
+        self._timer = timer
         self._peers = peers
+        self._parameters = trained_parameters(network)
+        self._buffers = list(network.buffers())
+        num_slots, slot_bytes = rank.world_size + 1, num_bytes(self._parameters)
+        slots = [memory[slot_bytes * i : slot_bytes * (i + 1)] for i in range(num_slots)]
+        self._mine = lay_out(self._parameters, slots[rank.rank])
+        self._mean = lay_out(self._parameters, slots[-1])
+        self._sent_buffers = lay_out(self._buffers, memory[slot_bytes * num_slots :])
+        flat = [slot.view(self._parameters[0].dtype) for slot in slots]
+        begin, end = (len(flat[0]) * index // rank.world_size for index in (rank.rank, rank.rank + 1))
+        *self._stripes, self._mean_stripe = [slot[begin:end] for slot in flat]
         # a forked DataLoader worker would hold the connection of a rank that is dead
         os.register_at_fork(after_in_child=self.close)
 
-    def average(self, tensor: Tensor) -> None:
-        """Collective: every rank must call. In place; `tensor` is contiguous. Raises RuntimeError if a rank is gone.
+    @torch.no_grad()
+    def average(self) -> None:
+        """Collective: every rank must call. `grad` of every parameter becomes the mean; RuntimeError if a rank is gone.
 
         Then this rank is not to be waited for either, so that all others learn of it at once.
         """
+        self._timer.lap("backward")
         try:
-            self._average(tensor)
+            gradients = self._gradients()
+            self._write(gradients)
+            self._meet()
+            self._sum()
+            self._meet()
+            torch._foreach_copy_(gradients, self._mean)
         except RuntimeError:
             self.close()
             raise
 
-    def _average(self, tensor: Tensor) -> None:
-        world_size, index = self._rank.world_size, self._rank.rank
-        slots = self._memory.view(tensor.dtype)
-        for part in torch.split(tensor.view(-1), slots.shape[1]):
-            count = len(part)
-            stripe = slice(count * index // world_size, count * (index + 1) // world_size)
-            total = slots[world_size, stripe]
-            slots[index, :count].copy_(part)
-            self._meet()
-            total.copy_(slots[0, stripe])
-            for other in range(1, world_size):
-                total.add_(slots[other, stripe])
-            total.div_(world_size)
-            self._meet()
-            part.copy_(slots[world_size, :count])
+    def _gradients(self) -> list[Tensor]:
+        gradients = []
+        for parameter in self._parameters:
+            if parameter.grad is None:  # not used in this step
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        return gradients
+
+    def _write(self, gradients: list[Tensor]) -> None:
+        torch._foreach_copy_(self._mine, gradients)
+        if self._rank.is_main and self._buffers:
+            torch._foreach_copy_(self._sent_buffers, self._buffers)
+
+    def _sum(self) -> None:
+        first, *others = self._stripes
+        self._mean_stripe.copy_(first)
+        for stripe in others:
+            self._mean_stripe.add_(stripe)
+        self._mean_stripe.div_(self._rank.world_size)
+        if not self._rank.is_main and self._buffers:
+            torch._foreach_copy_(self._buffers, self._sent_buffers)
 
     def close(self) -> None:
         for peer in self._peers.values():
@@ -102,15 +141,37 @@ class NodeAverage:
             raise RuntimeError(f"exchange of gradients with rank {other}: connection closed by peer")
 
 
-def open_node_average(rank: Rank, num_bytes: int, timeout: float) -> NodeAverage | None:
-    """Collective: every rank must call. None where the ranks are not CPU ranks of one node, or there is no room.
+def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
-    `num_bytes` is the size of all gradients; `timeout` is in seconds, for each meeting.
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """That `lay_out` needs."""
+    return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+
+
+def lay_out(tensors: Iterable[Tensor], memory: Tensor) -> list[Tensor]:
+    """Parts of `memory` (uint8) of the shapes, strides and types of `tensors`, one behind the other."""
+    views, begin = [], 0
+    for tensor in tensors:
+        part = memory[begin : begin + tensor.nbytes].view(tensor.dtype)
+        views.append(part.as_strided(tensor.shape, tensor.stride()))
+        begin += num_bytes([tensor])
+    return views
+
+
+def open_node_average(rank: Rank, network: nn.Module, timer: PhaseTimer, timeout: float) -> NodeAverage | None:
+    """Collective: every rank must call. None where it cannot be: then the process group has to do it.
+
+    That is where the ranks are not CPU ranks of one node, or the node has no room in its shared memory, or the
+    parameters are of several types. `timeout` is in seconds, for each meeting.
     """
     if rank.device.type != "cpu" or rank.world_size != rank.local_world_size or rank.world_size == 1:
         return None
-    slot_bytes = min(SLOT_BYTES, -(-num_bytes // 64) * 64)
-    size = (rank.world_size + 1) * slot_bytes
+    parameters = trained_parameters(network)
+    if len({parameter.dtype for parameter in parameters}) != 1:
+        return None
+    size = (rank.world_size + 1) * num_bytes(parameters) + num_bytes(network.buffers())
     listener = socket.socket(socket.AF_UNIX)
     folder = rank.from_main(lambda: _offer(listener, size))
     if folder is None:
@@ -126,7 +187,7 @@ def open_node_average(rank: Rank, num_bytes: int, timeout: float) -> NodeAverage
         listener.close()
         if rank.is_main:
             shutil.rmtree(folder)
-    return NodeAverage(rank, shared.view(-1, slot_bytes), peers)
+    return NodeAverage(rank, network, timer, shared, peers)
 
 
 def _map(memory: Path, size: int) -> Tensor | None:
@@ -175,7 +236,7 @@ def _connect(address: Path, timeout: float, rank: Rank) -> dict[int, socket.sock
     return {0: peer}
 
 
-def wrap(
+def replicate(
     network: nn.Module,
     rank: Rank,
     timer: PhaseTimer,
@@ -185,29 +246,47 @@ def wrap(
     accumulate: int = 1,
     compress: bool = False,
     capture_stream: torch.cuda.Stream | None = None,
-) -> tuple[nn.Module, str]:
-    """Collective: every rank must call. DistributedDataParallel where there is more than one rank, and how it averages.
+) -> Replicas:
+    """Collective: every rank must call. Give all ranks the weights of rank 0, and choose by rule how gradients meet.
 
-    DDP puts all gradients into one bucket for its first step, and regroups them by the order in which they became
+    Between CPU ranks of one node, through memory that they share; else by DistributedDataParallel, which hides the
+    communication behind the backward pass. `images` is a batch to try DDP with, `compress` sends gradients as bfloat16
+    (NCCL only). With `capture_stream` a step can be captured there in a CUDA graph. `timer` gets a lap at the end of
+    the backward pass's own work: what comes behind is communication that nothing hides.
+    """
+    if rank.backend == "none":
+        return Replicas(network)
+    node = open_node_average(rank, network, timer, timeout)
+    if node is not None:
+        network.load_state_dict(rank.from_main(network.state_dict))
+        return Replicas(network, node.average, gradients="shared memory")
+    model, gradients = _wrap(network, rank, timer, images, accumulate, compress, capture_stream)
+    return Replicas(model, no_sync=model.no_sync, gradients=gradients)
+
+
+def _wrap(
+    network: nn.Module,
+    rank: Rank,
+    timer: PhaseTimer,
+    images: Tensor,
+    accumulate: int,
+    compress: bool,
+    capture_stream: torch.cuda.Stream | None,
+) -> tuple[DistributedDataParallel, str]:
+    """DDP puts all gradients into one bucket for its first step, and regroups them by the order in which they became
     ready for all others. From three ranks on, the place in a bucket decides the order of summation, and so the last
     bits: a resumed training would differ in its first step. Two passes for nothing, on `images`, get that over.
 
-    With `capture_stream` a step can be captured there in a CUDA graph, for which all of DDP has to be made there.
+    To be captured on a stream, all of DDP has to be made there.
     """
-    if rank.backend == "none":
-        return network, "of one rank"
-    on_one_node = rank.world_size == rank.local_world_size
     with joined(capture_stream):
         model = DistributedDataParallel(
             network,
             device_ids=[rank.device] if rank.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             static_graph=accumulate == 1,  # with no_sync it dies in an assertion
-            # between CPU ranks of a node there is nothing to hide: communication is work for the same cores
-            bucket_cap_mb=ONE_BUCKET if rank.device.type == "cpu" and on_one_node else None,
         )
-        timed = capture_stream is None
-        gradients = average_gradients(model, rank, timer, timeout=timeout, compress=compress, timed=timed)
+        gradients = _choose_hook(model, rank, timer, compress=compress, timed=capture_stream is None)
         model.eval()  # batch statistics stay as they are
         for _ in range(2):  # the regrouping is done when the second begins
             model(images).sum().backward()
@@ -233,28 +312,9 @@ def joined(stream: torch.cuda.Stream | None) -> Iterator[None]:
     current.wait_stream(stream)
 
 
-def average_gradients(
-    model: DistributedDataParallel,
-    rank: Rank,
-    timer: PhaseTimer,
-    *,
-    timeout: float,
-    compress: bool = False,
-    timed: bool = True,
-) -> str:
-    """Collective: every rank must call. Choose how DDP averages gradients, by rule; its name, for the record.
-
-    `compress` sends them as bfloat16 (NCCL only). `timer` gets a lap at the end of the backward pass's own work: what
-    is left of `backward()` then is communication that nothing hides. Without `timed` it gets none.
-    """
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    node = open_node_average(rank, num_bytes, timeout)
-    if node is not None:
-        name, average = "shared memory", _hook_of(node)
-    elif compress:
-        name, average = f"{rank.backend}, as bfloat16", _average_as_bfloat16
-    else:
-        name, average = rank.backend, _average_by_process_group
+def _choose_hook(model: DistributedDataParallel, rank: Rank, timer: PhaseTimer, *, compress: bool, timed: bool) -> str:
+    """How DDP averages gradients, by its name; with a lap of `timer` at the last bucket if `timed`."""
+    average = _average_as_bfloat16 if compress else _average_by_process_group
 
     # without annotations: DDP compares them with classes, which postponed ones are not
     def hook(state, bucket):  # type: ignore[no-untyped-def]
@@ -262,9 +322,9 @@ def average_gradients(
             timer.lap("backward")
         return average(state, bucket)
 
-    if timed or average is not _average_by_process_group:  # which is what DDP does without a hook
+    if timed or compress:  # without a hook DDP does the other by itself
         model.register_comm_hook(None, hook)
-    return name
+    return f"{rank.backend}, as bfloat16" if compress else rank.backend
 
 
 def _average_by_process_group(_: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -279,13 +339,3 @@ def _average_as_bfloat16(_: Any, bucket: GradBucket) -> torch.futures.Future[Ten
     group = dist.group.WORLD
     assert group is not None
     return bf16_compress_hook(group, bucket)
-
-
-def _hook_of(node: NodeAverage) -> Hook:
-    def average(_: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        node.average(bucket.buffer())
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
-
-    return average

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from pipeline.communication import new_stream, wrap
+from pipeline.communication import new_stream, replicate
 from pipeline.distributed import Launch, Rank, start_rank
 from tests.train.helpers import config_of, flat_weights, make_trainer
 from train.static_step import StaticStep
@@ -192,16 +192,18 @@ def _train_with_ddp(rank: Rank, compress: bool) -> tuple[torch.Tensor, torch.Ten
         stream = new_stream(rank.device) if captured else None
         trainer, _ = make_trainer(replace(rank, backend="none"), config_of(*SYNTHETIC, "train.precision=fp32"), 320)
         assert isinstance(trainer.step, StaticStep)
-        parts, images = trainer.step._parts, torch.zeros(1, 1, 28, 28, device=rank.device)
-        model, name = wrap(parts.model, rank, parts.timer, images, timeout=60, compress=compress, capture_stream=stream)
-        assert ("bfloat16" in name) == compress
-        parts = replace(parts, model=model)
+        images = torch.zeros(1, 1, 28, 28, device=rank.device)
+        replicas = replicate(
+            trainer.network, rank, trainer.timer, images, timeout=60, compress=compress, capture_stream=stream
+        )
+        assert ("bfloat16" in replicas.gradients) == compress
+        parts = replace(trainer.step._parts, replicas=replicas)
         trainer.step = StaticStep(parts, 64, stream) if captured else EagerStep(parts)
         trainer.schedule = replace(trainer.schedule, total_steps=5)
         trainer.step.prepare()
         trainer.train_epoch()
         results.append(flat_weights(trainer).cpu())
-        del trainer, parts, model  # a captured graph must be gone before its process group
+        del trainer, parts, replicas  # a captured graph must be gone before its process group
     dist.destroy_process_group()
     return results[0], results[1]
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import Checkpoints
-from pipeline.communication import new_stream, wrap
+from pipeline.communication import new_stream, replicate
 from pipeline.config import Config, Problem
 from pipeline.data.datasets import (
     DATASETS,
@@ -162,7 +162,7 @@ def build_trainer(
     startup: StartupTimer,
     run_id: str,
 ) -> Trainer:
-    """Collective: every rank must call (DDP sends rank 0's weights to all)."""
+    """Collective: every rank must call (rank 0's weights are sent to all)."""
     info, loss = dataset.info, LOSSES[config.loss]
     precision = Precision(config.train.precision, rank.device)
     network = build_network(config, info).to(rank.device, precision.weights_dtype)
@@ -179,7 +179,7 @@ def build_trainer(
     train_loader = _build_loader(config, choices.placement, dataset.train, train_sampler, normalize, timer)
     apart = build_timer(rank.device)  # an evaluation belongs to no step
     eval_loader = _build_loader(config, choices.placement, dataset.evaluation, eval_sampler, normalize, apart)
-    model, gradients = wrap(
+    replicas = replicate(
         network,
         rank,
         timer,
@@ -189,9 +189,9 @@ def build_trainer(
         compress=choices.compress,
         capture_stream=stream,
     )
-    output.choices(choices.reasons | {"gradients": gradients})
+    output.choices(choices.reasons | {"gradients": replicas.gradients})
     parts = StepParts(
-        model=model,
+        replicas=replicas,
         inputs=train_loader.inputs,
         loss=loss,
         optimizer=optimizer,

@@ -86,10 +86,11 @@ class StaticStep:
         parts = self._parts
         images, labels = parts.inputs(self._indices)
         with parts.precision.autocast():
-            output = parts.model(images)
+            output = parts.replicas.model(images)
             losses = parts.loss.each(output, labels)
         total = (losses * self._weights).sum()
         parts.precision.backward(total * (self._scale / parts.loss.per_sample(output.shape[1])))
+        parts.replicas.average()
         parts.precision.update(parts.optimizer, self._parameters, parts.clip_norm)
         return torch.stack((total.detach(), (count_hits(output, labels) * self._weights).sum())).double()
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from pipeline.communication import Replicas, trained_parameters
 from pipeline.data.loading import Batch
 from pipeline.distributed import Rank
 from pipeline.losses import Loss
@@ -25,8 +25,7 @@ from pipeline.timing import PhaseTimer
 class StepParts:
     """What any way of executing a step needs."""
 
-    model: nn.Module
-    """Wrapped in DistributedDataParallel where there is more than one rank."""
+    replicas: Replicas
     inputs: Callable[[Any], tuple[Tensor, Tensor]]
     """The loader's: micro-batch -> images and labels."""
     loss: Loss
@@ -39,7 +38,7 @@ class StepParts:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return trained_parameters(self.replicas.model)
 
 
 class Step(Protocol):
@@ -53,10 +52,10 @@ class Step(Protocol):
 
 
 class EagerStep:
-    """Operation by operation, with DistributedDataParallel's overlapped all-reduce.
+    """Operation by operation.
 
     The gradient is the exact mean over the global batch: losses are summed, and divided by what the sum over all
-    ranks and micro-batches amounts to. DDP divides by the number of ranks besides, which is undone beforehand.
+    ranks and micro-batches amounts to. Replicas divide by the number of ranks besides, which is undone beforehand.
     """
 
     def __init__(self, parts: StepParts):
@@ -78,9 +77,11 @@ class EagerStep:
             if index < last and len(labels) == 0:
                 continue  # only the last is needed by the other ranks, as the one that synchronises
             # no_sync has to cover the forward pass too: DDP decides there whether backward will reduce
-            with nullcontext() if index == last else self._without_sync():
+            with nullcontext() if index == last else parts.replicas.no_sync():
                 sums += self._compute_gradient(images, labels, batch.global_count)
-            # the lap for `backward` of a synchronising one is taken where communication begins
+            if index == last:
+                parts.replicas.average()
+            # where there is something to average, the lap for `backward` was taken when that began
             parts.timer.lap("communication" if index == last and parts.rank.world_size > 1 else "backward")
         parts.precision.update(parts.optimizer, self._parameters, parts.clip_norm)
         parts.timer.lap("update")
@@ -90,18 +91,13 @@ class EagerStep:
         """Adds to the gradients; sums as the step returns them, of this micro-batch."""
         parts = self._parts
         with parts.precision.autocast():
-            output = parts.model(images)
+            output = parts.replicas.model(images)
             loss = parts.loss.total(output, labels)
         sums = torch.stack((loss.detach(), count_hits(output, labels).sum()))
         parts.timer.lap("forward")
         denominator = global_count * parts.loss.per_sample(output.shape[1])
         parts.precision.backward(loss * (parts.rank.world_size / denominator))
         return sums
-
-    def _without_sync(self) -> AbstractContextManager[Any]:
-        if isinstance(self._parts.model, DistributedDataParallel):
-            return self._parts.model.no_sync()
-        return nullcontext()
 
 
 def count_hits(output: Tensor, labels: Tensor) -> Tensor:
