@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn, optim
 
 from pipeline.config import OptimConfig
+
+T = TypeVar("T", bound=optim.Optimizer)
 
 
 def build_optimizer(
@@ -24,23 +27,35 @@ def build_optimizer(
     lr: Any = torch.tensor(config.lr, device=capture_on) if capturable else config.lr
     match config.name:
         case "sgd":
-            sgd = optim.SGD(
+            sgd = without_compiler(optim.SGD)(
                 parameters, lr, momentum=config.momentum, nesterov=config.nesterov, weight_decay=decay, fused=True
             )
             if config.momentum:
                 # else made without values by the first step, and left so if loss scaling skips that
                 sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters})
             return sgd
-        case "adam":
-            return optim.Adam(parameters, lr, weight_decay=decay, fused=True, capturable=capturable)
-        case "adamw":
-            return optim.AdamW(parameters, lr, weight_decay=decay, fused=True, capturable=capturable)
+        case "adam" | "adamw":
+            adam = without_compiler(optim.Adam if config.name == "adam" else optim.AdamW)
+            return adam(parameters, lr, weight_decay=decay, fused=True, capturable=capturable)
         case "rmsprop":
-            return optim.RMSprop(
+            rmsprop = without_compiler(optim.RMSprop)
+            return rmsprop(
                 parameters, lr, momentum=config.momentum, weight_decay=decay, foreach=True, capturable=capturable
             )
         case "adadelta":
-            return optim.Adadelta(parameters, lr, weight_decay=decay, foreach=True, capturable=capturable)
+            adadelta = without_compiler(optim.Adadelta)
+            return adadelta(parameters, lr, weight_decay=decay, foreach=True, capturable=capturable)
+
+
+def without_compiler(kind: type[T]) -> type[T]:
+    """The same optimizer, whose methods do not import torch's compiler first: a second of every start.
+
+    torch keeps the compiler from looking into these methods; who compiles the network does not compile them anyway.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods: dict[str, Any] = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    methods["step"] = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), methods | {"__module__": kind.__module__})
 
 
 def set_lr(optimizer: optim.Optimizer, lr: float) -> None:

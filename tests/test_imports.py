@@ -78,15 +78,19 @@ def test_no_file_in_train_has_the_name_of_a_module_that_others_import() -> None:
     assert not names & (set(sys.stdlib_module_names) | {"torch", "mlflow", "yaml", "pydantic", "numpy", "tqdm"})
 
 
-def test_the_training_process_never_loads_mlflow_and_needs_torchvision_only_to_download() -> None:
-    """As a fresh interpreter has it after importing the program and running it on digits."""
+def test_what_a_training_does_not_import() -> None:
+    """As a fresh interpreter has it: mlflow and torchvision never, torch's compiler not before the first step."""
     code = (
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pipeline.timing import StartupTimer\n"
         "from train.main import main\n"
+        "at_first_step = []\n"
+        "StartupTimer.after_step = lambda self, output, step: at_first_step.extend(sys.modules)\n"
         "settings = ['train.epochs=1', 'tracking.enabled=false', 'data.dataset=synthetic', "
         "'data.synthetic_train_size=64', 'data.synthetic_eval_size=32']\n"
         "assert main(settings) == 0\n"
+        "assert 'torch' in at_first_step and 'torch._dynamo' not in at_first_step\n"
         "loaded = {name for name in ('mlflow', 'torchvision', 'sklearn', 'matplotlib') if name in sys.modules}\n"
         "assert not loaded, loaded\n"
     )

@@ -44,7 +44,8 @@ def weights() -> nn.Parameter:
 def test_an_optimizer_is_torchs_with_the_arguments_set(config: OptimConfig, expected: optim.Optimizer) -> None:
     parameter = weights()
     built = build_optimizer(config, [parameter])
-    assert type(built) is type(expected)
+    assert isinstance(built, type(expected))
+    assert type(built).__name__ == type(expected).__name__
     assert [group["params"] for group in built.param_groups] == [[parameter]]
 
     def settings(optimizer: optim.Optimizer) -> dict[str, Any]:
