@@ -140,7 +140,10 @@ def _end(process: subprocess.Popen[str]) -> tuple[str, str]:
         return process.communicate(timeout=TERMINATION_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        return process.communicate()
+    try:
+        return process.communicate(timeout=TERMINATION_SECONDS)
+    except subprocess.TimeoutExpired:  # ranks in sessions of their own may hold the pipes
+        return "", ""
 
 
 def _describe_failure(command: Sequence[str], what: str, output: str, errors: str, num_lines: int = 40) -> str:

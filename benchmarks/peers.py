@@ -78,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         comparison, failures = compare(options, programs)
+        write_report(options, comparison, [*missing, *failures])
         comparison.check()
     except BenchmarkError as error:
         print(error, file=sys.stderr)
         return 1
-    write_report(options, comparison, [*missing, *failures])
     if options.guard is None:
         return 0
     failure = guard_failure(comparison.ratios("plain"), options.guard)
@@ -105,7 +105,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
     add("--optimizer", choices=tuple(LEARNING_RATES), default="adadelta")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs, in every program")
-    add("--workers", default="0,1", help="numbers of DataLoader workers to try in each peer, like 0,1")
+    add("--workers", help="numbers of DataLoader workers to try in each peer, like 0,1 (0, 1, 2, 4, 8 up to its cores)")
     add("--recipe", action="store_true", help="the whole recipe for MNIST, compared from command to exit")
     add("--guard", type=float, metavar="RATIO", help="fail if Convoy is not that many times as fast as plain")
     add("--timeout", type=float, default=1800, help="seconds that one command may take")
@@ -139,12 +139,20 @@ def check_options(given: argparse.Namespace) -> Options:
         programs=programs,
         ranks=given.ranks,
         rounds=given.rounds,
-        workers=tuple(int(number) for number in given.workers.split(",")),
+        workers=choose_workers(given),
         guard=given.guard,
         recipe=given.recipe,
         timeout=given.timeout,
         out=given.out or RESULTS / name,
     )
+
+
+def choose_workers(given: argparse.Namespace) -> tuple[int, ...]:
+    """Per rank; by default as many as it has cores at most."""
+    if given.workers is not None:
+        return tuple(int(number) for number in given.workers.split(","))
+    cores = max(1, num_cores() // given.ranks)
+    return tuple(number for number in (0, 1, 2, 4, 8) if number <= cores)
 
 
 def default_programs(device: str, *, recipe: bool) -> Iterable[str]:

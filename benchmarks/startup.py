@@ -42,7 +42,10 @@ from benchmarks.harness import (
 )
 from pipeline.tracking.journal import read_journal
 
-PROGRAMS = ("convoy", "fifteen_lines")
+SCRIPT = "fifteen_lines"
+PROGRAMS = ("convoy", SCRIPT)
+LIMIT = 1.3
+"""Times as long as the script that Convoy may take."""
 BATCH = 32
 """Samples per rank, in both."""
 PREFIX = "startup/"
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds=given.rounds,
         root=given.root.resolve(),
         environment={**environment, "CUDA_VISIBLE_DEVICES": ""} if given.cpu else environment,
-        settings=("tracking.enabled=true" if given.tracking else "tracking.enabled=false",),
+        settings=() if given.tracking else ("tracking.enabled=false", "tracking.system_every=0"),
         timeout=given.timeout,
         out=given.out or RESULTS / ("imports" if given.imports else "startup"),
     )
@@ -91,7 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.imports:
             report_imports(options)
         else:
-            report_startup(options, compare(options))
+            runs = compare(options)
+            report_startup(options, runs)
+            excesses = find_excesses(runs)
+            for line in excesses:
+                print(line, file=sys.stderr)
+            return 1 if excesses else 0
     except BenchmarkError as error:
         print(error, file=sys.stderr)
         return 1
@@ -154,7 +162,11 @@ def run_to_first_step(command: Sequence[str], folder: Path, options: Options, lo
                 time.sleep(0.02)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     if not has_stepped(folder):
         raise BenchmarkError(f"{' '.join(command)}\nmade no step; it ended with:\n{log.read_text()[-4000:]}")
 
@@ -179,7 +191,7 @@ def read_startup(folder: Path, started: float) -> Run:
 def report_startup(options: Options, runs: Mapping[tuple[str, int], Sequence[Run]]) -> None:
     machine = describe_machine()
     phases = [key for key in runs["convoy", options.ranks[0]][0] if key not in ("command", "process")]
-    header = ["program", "ranks", "from command, s", "from start of rank 0, s", *phases, "times as long as Convoy"]
+    header = ["program", "ranks", "from command, s", "from start of rank 0, s", *phases, "times as long as the script"]
     rows = [startup_row(name, ranks, runs, phases) for name, ranks in runs]
     markdown = "\n\n".join(
         [
@@ -203,11 +215,27 @@ def report_startup(options: Options, runs: Mapping[tuple[str, int], Sequence[Run
 def startup_row(
     name: str, ranks: int, runs: Mapping[tuple[str, int], Sequence[Run]], phases: Iterable[str]
 ) -> list[str]:
-    own, convoy = runs[name, ranks], runs["convoy", ranks]
+    own, script = runs[name, ranks], runs[SCRIPT, ranks]
     totals = [Spread.of([run[key] for run in own]).format(".2f") for key in ("command", "process")]
     split = [f"{Spread.of([run[phase] for run in own]).median:.2f}" if name == "convoy" else "" for phase in phases]
-    ratios = pairwise_ratios([run["process"] for run in own], [run["process"] for run in convoy])
-    return [name, str(ranks), *totals, *split, "" if name == "convoy" else Spread.of(ratios).format(".2f")]
+    ratio = Spread.of(startup_ratios(runs, ranks)).format(".2f") if name == "convoy" else ""
+    return [name, str(ranks), *totals, *split, ratio]
+
+
+def startup_ratios(runs: Mapping[tuple[str, int], Sequence[Run]], ranks: int) -> list[float]:
+    """How many times as long as the script Convoy takes from the start of rank 0, round by round."""
+    seconds = {name: [run["process"] for run in runs[name, ranks]] for name in PROGRAMS}
+    return pairwise_ratios(seconds["convoy"], seconds[SCRIPT])
+
+
+def find_excesses(runs: Mapping[tuple[str, int], Sequence[Run]]) -> list[str]:
+    """A line for each number of ranks on which the median is over the limit."""
+    ratios = {ranks: Spread.of(startup_ratios(runs, ranks)) for _, ranks in runs}
+    return [
+        f"too slow: on {ranks} rank(s) {ratio.format('.2f')} times as long as the script, limit {LIMIT:g}"
+        for ranks, ratio in ratios.items()
+        if ratio.median > LIMIT
+    ]
 
 
 @dataclass(frozen=True)

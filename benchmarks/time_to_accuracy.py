@@ -51,6 +51,8 @@ class SeedRun:
     training_seconds: float
     wall_seconds: float
     """From command to exit."""
+    cpu_by_others: float
+    """Share of all cores that others used meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def train_seed(options: Options, seed: int) -> SeedRun:
             folder=Path.cwd(),
         )
         records, _ = read_journal(Path(folder) / run_name(seed) / "journal.jsonl")
-    return read_run(records, seed, done.wall_seconds)
+    return read_run(records, seed, done.wall_seconds, done.cpu_by_others)
 
 
 def training_command(options: Options, seed: int, folder: Path) -> list[str]:
@@ -170,6 +172,7 @@ def training_command(options: Options, seed: int, folder: Path) -> list[str]:
         f"run.dir={folder}",
         f"run.name={run_name(seed)}",
         "tracking.enabled=false",
+        "tracking.system_every=0",
     ]
     return [sys.executable, *arguments] if options.ranks == 1 else torchrun(arguments, options.ranks)
 
@@ -178,7 +181,7 @@ def run_name(seed: int) -> str:
     return f"seed-{seed}"
 
 
-def read_run(records: Iterable[Mapping[str, Any]], seed: int, wall_seconds: float) -> SeedRun:
+def read_run(records: Iterable[Mapping[str, Any]], seed: int, wall_seconds: float, cpu_by_others: float) -> SeedRun:
     """What the journal of a training says. Raises BenchmarkError unless each epoch has its time and its accuracy."""
     records = list(records)
     epochs = int(next(record["values"]["train.epochs"] for record in records if record["kind"] == "params"))
@@ -189,7 +192,7 @@ def read_run(records: Iterable[Mapping[str, Any]], seed: int, wall_seconds: floa
             f"seed {seed}: of {epochs} epochs, {len(seconds)} have perf/epoch_seconds and {len(accuracies)} have "
             "eval/accuracy in the journal"
         )
-    return SeedRun(seed, accuracies[-1], sum(seconds), wall_seconds)
+    return SeedRun(seed, accuracies[-1], sum(seconds), wall_seconds, cpu_by_others)
 
 
 def _values(records: Iterable[Mapping[str, Any]], key: str) -> list[float]:
@@ -229,13 +232,17 @@ def _figures(runs: Sequence[SeedRun]) -> dict[str, list[float]]:
         "accuracy": [run.accuracy for run in runs],
         "training_seconds": [run.training_seconds for run in runs],
         "wall_seconds": [run.wall_seconds for run in runs],
+        "cpu_by_others": [run.cpu_by_others for run in runs],
     }
 
 
 def table(runs: Sequence[SeedRun]) -> str:
     """A row per seed, then what they amount to."""
-    header = ["seed", "accuracy", "training, s", "command to exit, s"]
-    rows = [[str(run.seed), *_cells(run.accuracy, run.training_seconds, run.wall_seconds)] for run in runs]
+    header = ["seed", "accuracy", "training, s", "command to exit, s", "cores used by others"]
+    rows = [
+        [str(run.seed), *_cells(run.accuracy, run.training_seconds, run.wall_seconds, run.cpu_by_others)]
+        for run in runs
+    ]
     summaries = [Summary.of(values) for values in _figures(runs).values()]
     select: dict[str, Callable[[Summary], float | None]] = {
         "mean": lambda summary: summary.mean,
@@ -247,9 +254,11 @@ def table(runs: Sequence[SeedRun]) -> str:
     return markdown_table(header, rows + totals)
 
 
-def _cells(accuracy: float | None, training: float | None, wall: float | None) -> list[str]:
+def _cells(
+    accuracy: float | None, training: float | None, wall: float | None, cpu_by_others: float | None
+) -> list[str]:
     """Of accuracy a digit more than 10,000 images have, or a mean just below a target would read like it."""
-    forms = ((accuracy, ".3%"), (training, ".3f"), (wall, ".1f"))
+    forms = ((accuracy, ".3%"), (training, ".3f"), (wall, ".1f"), (cpu_by_others, ".0%"))
     return ["" if value is None else f"{value:{form}}" for value, form in forms]
 
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.commands import publish, sync
+from pipeline.commands import publish, report, sample, sync
 
-COMMANDS = {"sync": sync, "publish": publish}
+COMMANDS = {"sync": sync, "publish": publish, "report": report, "sample": sample}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,6 +43,9 @@ IDENTITY = (
 )
 
 
+SECRET = "(?:password|passwd|token|secret|api_?key|access_?key)"
+
+
 class RunError(Exception):
     """The run folder cannot be used as asked; the message says why and what to do."""
 
@@ -229,9 +232,18 @@ def changes(folder: RunFolder, config: Config) -> list[tuple[str, Any, Any]]:
     return [(key, saved.get(key), value) for key, value in config.flat().items() if saved.get(key) != value]
 
 
-def without_credentials(uri: str) -> str:
-    """A URI, or a text with URIs, as it may be written down and shown."""
-    return re.sub(r"(?<=//)[^/?#\s]*@", "", uri)
+def without_credentials(text: str) -> str:
+    """A URI, or a text with URIs and settings, as it may be written down and shown.
+
+    Without user and password of URIs, values of settings that are called a password, token, secret or key, and the
+    values of environment variables called so.
+    """
+    text = re.sub(r"(?<=//)[^/?#\s]*@", "", text)
+    text = re.sub(rf"(?i)\b(\w*{SECRET}\w*)=('[^']*'|\"[^\"]*\"|[^&\s]+)", r"\1=***", text)
+    for name, value in os.environ.items():
+        if len(value) >= 8 and value in text and re.search(f"(?i){SECRET}", name):
+            text = text.replace(value, "***")
+    return text
 
 
 def _known(name: str, section: Any) -> Any:

@@ -74,13 +74,14 @@ class CudaTimer:
     """For GPUs, where a call returns before its work is done: the first step after each reading is timed by events.
 
     Events of the other steps would cost more than their phases where a step takes 100 microseconds. An event is read
-    only when the GPU has passed it, so that reading never waits.
+    only when the GPU has passed it, so that reading never waits, and gives the last step that was timed to its end; no
+    time at all before there is one.
     """
 
     def __init__(self) -> None:
         self._host = HostTimer()
         self._events: list[tuple[str, torch.cuda.Event]] = []
-        self._sampled: tuple[float, ...] | None = None
+        self._sampled = (0.0,) * len(PHASES)
         self._state = "idle"  # -> sampling -> complete, until read
 
     def start(self) -> None:
@@ -109,7 +110,7 @@ class CudaTimer:
             self._sampled = tuple(totals[phase] for phase in PHASES)
             self._state, self._events = "idle", []
         host = self._host.read()
-        return PhaseTimes(host.seconds, self._sampled or host.milliseconds)
+        return PhaseTimes(host.seconds, self._sampled)
 
     def _record(self, phase: str) -> None:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -146,8 +147,11 @@ def mean_times(rows: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def find_straggler(rows: Sequence[Sequence[float]]) -> Straggler | None:
-    """The rank that spends most time before it meets the others: in `communication` they wait for it. None if alone."""
-    if len(rows) < 2:
+    """The rank that spends most time before it meets the others: in `communication` they wait for it.
+
+    None if it is alone, or if that cannot be told: in a step replayed as one, waiting is not seen apart.
+    """
+    if len(rows) < 2 or any(row[PHASES.index("graph")] > 0 for row in rows):
         return None
     own = [i for i, phase in enumerate(PHASES) if phase != "communication"]
     totals = [sum(row[i] for i in own) for row in rows]

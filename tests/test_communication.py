@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import communication
-from pipeline.communication import NodeAverage, open_node_average, replicate
+from pipeline.communication import node_average, replicate
+from pipeline.communication.node_average import NodeAverage, open_node_average
 from pipeline.distributed import Rank, is_lost_connection
 from pipeline.timing import PHASES, HostTimer
 from tests.ranks import run_ranks
@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in memory of this test alone."""
-    with tempfile.TemporaryDirectory(dir=communication.SHARED_MEMORY) as folder:
-        monkeypatch.setattr(communication, "SHARED_MEMORY", Path(folder))
+    with tempfile.TemporaryDirectory(dir=node_average.SHARED_MEMORY) as folder:
+        monkeypatch.setattr(node_average, "SHARED_MEMORY", Path(folder))
         yield Path(folder)
 
 
@@ -174,14 +174,14 @@ def test_a_rank_that_cannot_reach_the_shared_memory_makes_all_use_the_process_gr
 
 def _step_in_a_container(rank: Rank) -> str:
     if rank.rank == 1:
-        communication._map = lambda memory, size: None
+        node_average._map = lambda memory, size: None
     return _step(rank)[0]
 
 
 def test_ranks_of_several_nodes_and_a_node_without_room_use_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_ranks(2, _step)[0][0] == "shared memory"
     assert run_ranks(2, _step, num_local=1)[0][0] == "gloo"
-    monkeypatch.setattr(communication, "SHARED_MEMORY", Path("/nonexistent"))
+    monkeypatch.setattr(node_average, "SHARED_MEMORY", Path("/nonexistent"))
     assert run_ranks(2, _step)[0][0] == "gloo"
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from pipeline.communication import new_stream, replicate
+from pipeline.communication import replicate
+from pipeline.communication.ddp import new_stream
 from pipeline.distributed import Launch, Rank, start_rank
 from tests.train.helpers import config_of, flat_weights, make_trainer
 from train.static_step import StaticStep

@@ -11,6 +11,8 @@ import sys
 import textwrap
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ import pytest
 import torch
 import yaml
 
-from tests.servers import mlflow_server
+from pipeline.data.datasets import DATASETS, load_dataset
+from tests.servers import free_port, mlflow_server
 
 ROOT = Path(__file__).parents[1]
 MAIN = ROOT / "train" / "main.py"
@@ -165,11 +168,93 @@ def test_its_model_loads_without_unpickling_and_answers_as_it_was_evaluated(
     (logged,) = client(digits.folder).search_logged_models([run.info.experiment_id])
     assert logged.source_run_id == run.info.run_id
     model = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
-    (path,) = (digits.run / "evaluation").iterdir()
-    with np.load(path) as evaluation:
-        output = torch.from_numpy(model.predict(evaluation["samples_images"].astype(np.float32)))
-        assert output.argmax(1).tolist() == evaluation["samples_predicted"].tolist()
-        torch.testing.assert_close(output.exp().amax(1), torch.from_numpy(evaluation["samples_confidence"]))
+    best = best_evaluation(digits.run)
+    predicted = next(r for r in journal(digits.run) if r["kind"] == "predictions" and r["step"] == best["step"])
+    with np.load(digits.run / "evaluation" / "samples.npz") as samples:
+        output = torch.from_numpy(model.predict(samples["images"].astype(np.float32)))
+    assert output.argmax(1).tolist() == predicted["predicted"]
+    torch.testing.assert_close(output.exp().amax(1), torch.tensor(predicted["confidence"]), rtol=0, atol=1e-4)
+
+
+def best_evaluation(run: Path) -> dict[str, Any]:
+    """The metric record of the first of the best accuracies."""
+    accuracies = [r for r in journal(run) if r.get("key") == "eval/accuracy"]
+    return max(accuracies, key=lambda record: record["value"])
+
+
+def test_its_logged_model_is_that_of_the_best_evaluation(digits: Digits) -> None:
+    (run,) = mlflow_runs(digits.folder)
+    (logged,) = client(digits.folder).search_logged_models([run.info.experiment_id])
+    metrics = {m.key: (m.step, m.value) for m in client(digits.folder).get_logged_model(logged.model_id).metrics}
+    best = best_evaluation(digits.run)
+    assert metrics["eval/accuracy"] == (best["step"], best["value"])
+
+
+def test_its_model_served_over_http_answers_for_every_test_image_as_it_was_evaluated(digits: Digits) -> None:
+    """Without unpickling, and 100 images a request: the accuracy of the answers is that of the best evaluation."""
+    (run,) = mlflow_runs(digits.folder)
+    (logged,) = client(digits.folder).search_logged_models([run.info.experiment_id])
+    test = load_dataset(DATASETS["digits"], digits.folder, image_size=None).evaluation
+    num_right = 0
+    with served_model(digits.folder, logged.model_id) as url:
+        for images, labels in zip(torch.split(test.images, 100), torch.split(test.labels, 100), strict=True):
+            num_right += int((torch.tensor(ask(url, images.tolist())).argmax(1) == labels).sum())
+    assert num_right / len(test.labels) == best_evaluation(digits.run)["value"]
+
+
+@contextmanager
+def served_model(folder: Path, model_id: str) -> Iterator[str]:
+    port = free_port()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # mlflow calls uvicorn by its name
+    settings = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "PATH": path}
+    command = ["models", "serve", "-m", f"models:/{model_id}", "--env-manager", "local", "--port", str(port)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *command, "--host", "127.0.0.1"],
+        env={**os.environ, **settings, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(lambda: process.poll() is not None or answers(f"http://127.0.0.1:{port}/health"))
+        assert process.poll() is None, "it ended"
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def ask(url: str, images: list[Any]) -> list[list[float]]:
+    request = urllib.request.Request(
+        url, data=json.dumps({"inputs": images}).encode(), headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        predictions: list[list[float]] = json.loads(answer.read())["predictions"]
+    return predictions
+
+
+def test_its_predictions_can_be_seen_as_slides_over_the_training(digits: Digits) -> None:
+    (run,) = mlflow_runs(digits.folder)
+    images = client(digits.folder).list_artifacts(run.info.run_id, "images")
+    steps = [int(re.split("[+%]", Path(image.path).name)[2]) for image in images if image.path.endswith(".webp")]
+    assert sorted(steps) == [r["step"] for r in journal(digits.run) if r.get("key") == "eval/accuracy"]
+
+
+def test_it_says_what_it_is_and_who_did_it(digits: Digits) -> None:
+    (run,) = mlflow_runs(digits.folder)
+    note = run.data.tags["mlflow.note.content"]
+    assert "**finished**: accuracy 9" in note
+    assert "```\n" in note and "train/main.py" in note
+    assert (run.data.tags["attempt.1.ranks"], run.data.tags["attempt.1.end"]) == ("2", "finished")
 
 
 def test_its_weights_load_without_code_and_have_unwrapped_names(digits: Digits) -> None:

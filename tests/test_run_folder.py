@@ -385,6 +385,18 @@ def test_a_uri_is_shown_without_its_credentials(uri: str, shown: str) -> None:
     assert without_credentials(uri) == shown
 
 
+def test_what_is_called_a_secret_is_not_shown() -> None:
+    text = "GET http://host/?token=abc&x=1 failed; DB_PASSWORD='p q' api_key=k/1 monkey=banana"
+    shown = "GET http://host/?token=***&x=1 failed; DB_PASSWORD=*** api_key=*** monkey=banana"
+    assert without_credentials(text) == shown
+
+
+def test_the_value_of_a_secret_in_the_environment_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct horse")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "alice in chains")
+    assert without_credentials("401 for alice in chains with correct horse") == "401 for alice in chains with ***"
+
+
 def test_the_files_of_a_run_are_where_the_contract_says(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "mine")
     places = (folder.config, folder.journal, folder.checkpoints, folder.figures, folder.model)

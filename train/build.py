@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import Checkpoints
-from pipeline.communication import new_stream, replicate
+from pipeline.communication import replicate
+from pipeline.communication.ddp import new_stream
 from pipeline.config import Config, Problem
+from pipeline.data.augment import Augment
 from pipeline.data.datasets import (
     DATASETS,
     Dataset,
@@ -26,7 +29,7 @@ from pipeline.data.datasets import (
 from pipeline.data.loading import Loader, Normalize, ResidentLoader, StreamedLoader
 from pipeline.data.sampler import GlobalOrderSampler
 from pipeline.data.sharing import share_on_node
-from pipeline.distributed import Launch, Rank, choose_device
+from pipeline.distributed import Launch, Rank, choose_device, start_rank
 from pipeline.losses import LOSSES, losses_for
 from pipeline.models import NETWORKS, build_model
 from pipeline.optim import Schedule, build_optimizer
@@ -116,6 +119,18 @@ def _find_device_contradictions(config: Config, launch: Launch) -> Iterable[Prob
                 yield Problem((key, "train.device"), f"{key} = {value}: needs a GPU, and torch sees none here")
 
 
+def join(config: Config, launch: Launch) -> AbstractContextManager[Rank]:
+    """This process as a rank among the others, as long as the context lasts."""
+    settings = config.train
+    return start_rank(
+        launch,
+        device=settings.device,
+        backend=settings.backend,
+        threads=settings.threads,
+        timeout=settings.hang_timeout,
+    )
+
+
 def build_data(config: Config, rank: Rank) -> Dataset:
     """Collective: every rank must call. Raises DataError on the rank that finds it, RemoteError on the others."""
     info, data = dataset_info(config), config.data
@@ -168,7 +183,7 @@ def build_trainer(
     network = build_network(config, info).to(rank.device, precision.weights_dtype)
     if config.train.channels_last:
         network = network.to(memory_format=torch.channels_last)
-    choices = choose(config, rank, dataset, network)
+    choices = choose(config, rank, dataset)
     if config.train.compile:
         network.compile()
     stream = new_stream(rank.device) if choices.is_captured else None
@@ -176,7 +191,8 @@ def build_trainer(
     timer = build_timer(rank.device)
     normalize = Normalize(info.mean, info.std, precision.weights_dtype).to(rank.device)
     train_sampler, eval_sampler = _train_sampler(config, rank, dataset), _eval_sampler(config, rank, dataset)
-    train_loader = _build_loader(config, choices.placement, dataset.train, train_sampler, normalize, timer)
+    augment = _build_augment(config, rank.device)
+    train_loader = _build_loader(config, choices.placement, dataset.train, train_sampler, normalize, timer, augment)
     apart = build_timer(rank.device)  # an evaluation belongs to no step
     eval_loader = _build_loader(config, choices.placement, dataset.evaluation, eval_sampler, normalize, apart)
     replicas = replicate(
@@ -185,6 +201,7 @@ def build_trainer(
         timer,
         normalize(dataset.train.images[:1].to(rank.device)),
         timeout=config.train.hang_timeout,
+        shared_memory=config.train.backend == "auto",
         accumulate=config.train.accumulate,
         compress=choices.compress,
         capture_stream=stream,
@@ -249,10 +266,18 @@ def _build_loader(
     sampler: GlobalOrderSampler,
     normalize: Normalize,
     timer: PhaseTimer,
+    augment: Augment | None = None,
 ) -> Loader:
     if placement == "device":
-        return ResidentLoader(images.images, images.labels, sampler, normalize)
-    return StreamedLoader(images.images, images.labels, sampler, normalize, config.data.workers, timer)
+        return ResidentLoader(images.images, images.labels, sampler, normalize, augment)
+    return StreamedLoader(images.images, images.labels, sampler, normalize, config.data.workers, timer, augment)
+
+
+def _build_augment(config: Config, device: torch.device) -> Augment | None:
+    data = config.data
+    if data.random_crop == 0 and not data.random_flip:
+        return None
+    return Augment(config.run.seed, data.random_crop, data.random_flip, device)
 
 
 def _build_display(config: Config, rank: Rank, info: DatasetInfo) -> Display:

@@ -1,7 +1,7 @@
 """How a training is executed where that is not set: by rule, never by timing, and by rank 0 for all.
 
-The rules look at the device, the shapes and the settings. Other ways of doing a step give other last bits: chosen by a
-stopwatch, they would make a run that nobody can repeat.
+The rules look at the device, the shapes, the settings and the room there is. Other ways of doing a step give other last
+bits: chosen by a stopwatch, they would make a run that nobody can repeat.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from pipeline.config import Config
 from pipeline.data.datasets import Dataset
@@ -30,16 +29,16 @@ class Choices:
     """What was chosen and why, for people: name of the tag -> text."""
 
 
-def choose(config: Config, rank: Rank, dataset: Dataset, network: nn.Module) -> Choices:
+def choose(config: Config, rank: Rank, dataset: Dataset) -> Choices:
     """Collective: every rank must call."""
-    return rank.from_main(lambda: _choose(config, rank, dataset, network))
+    return rank.from_main(lambda: _choose(config, rank, dataset))
 
 
-def _choose(config: Config, rank: Rank, dataset: Dataset, network: nn.Module) -> Choices:
+def _choose(config: Config, rank: Rank, dataset: Dataset) -> Choices:
     device, num_bytes = rank.device, dataset.train.images.nbytes + dataset.evaluation.images.nbytes
     num_sharing = -(-rank.local_world_size // max(1, torch.cuda.device_count()))
     placement, why_there = choose_placement(config.data.placement, num_bytes * num_sharing, device)
-    obstacle = find_capture_obstacle(config, rank, placement, network)
+    obstacle = find_capture_obstacle(config, rank, placement)
     precision = choose_precision(config.train.precision, device)
     compress = rank.backend == "nccl" and (
         config.train.compress == "bf16" or (config.train.compress == "auto" and precision == "bf16")
@@ -52,7 +51,7 @@ def _choose(config: Config, rank: Rank, dataset: Dataset, network: nn.Module) ->
     return Choices(placement, obstacle is None, compress, reasons)
 
 
-def find_capture_obstacle(config: Config, rank: Rank, placement: str, network: nn.Module) -> str | None:
+def find_capture_obstacle(config: Config, rank: Rank, placement: str) -> str | None:
     """Why the step cannot be replayed as a CUDA graph; None if it can."""
     obstacles = {
         "on CPU": rank.device.type != "cuda",
@@ -61,12 +60,6 @@ def find_capture_obstacle(config: Config, rank: Rank, placement: str, network: n
         "streamed data": placement != "device",
         "train.accumulate > 1": config.train.accumulate > 1,
         "fp16 scales the loss on the host": config.train.precision == "fp16",
-        "batch statistics forbid padding": has_batch_statistics(network),
         "ranks without samples": config.data.global_batch_size < rank.world_size,
     }
     return next((name for name, holds in obstacles.items() if holds), None)
-
-
-def has_batch_statistics(network: nn.Module) -> bool:
-    """Whether padding a batch would change what the network computes for the other samples."""
-    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())

@@ -16,7 +16,7 @@ from pipeline.precision import Precision
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of all evaluation samples in the order of the dataset, on the CPU."""
+    """Of evaluation samples in the order of the dataset, on the CPU."""
 
     labels: Tensor
     predicted: Tensor
@@ -58,8 +58,12 @@ class Evaluator:
         num_samples = self._loader.sampler.total_size
         return meter.reduce(self._rank, num_samples, self._loss.per_sample(self._num_classes))
 
+    def first_predictions(self, count: int) -> Predictions:
+        """What the last evaluation predicted for this rank's first samples; of rank 0 these are the dataset's first."""
+        return Predictions(*(torch.cat(column)[:count].cpu() for column in zip(*self._shard, strict=True)))
+
     def predictions(self) -> Predictions:
-        """Collective: every rank must call. What the last evaluation predicted."""
+        """Collective: every rank must call. What the last evaluation predicted for all samples."""
         shard = [torch.cat(column).cpu().numpy() for column in zip(*self._shard, strict=True)]
         sampler = self._loader.sampler
         indices = torch.cat([i for step in sampler.steps() for i in step.micro_batches]).numpy()

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from pipeline.config import CommandLine, Config, ConfigError, Problem, load_config, parse_command_line
 from pipeline.data.datasets import DataError
-from pipeline.distributed import Launch, Rank, RemoteError, is_lost_connection, start_logging, start_rank
+from pipeline.distributed import Launch, Rank, RemoteError, is_lost_connection, start_logging
 from pipeline.preemption import StopRequest, listen_for_stop
 from pipeline.run_folder import RunError
 from pipeline.timing import StartupTimer
@@ -82,16 +82,9 @@ def read_config(argv: Sequence[str] | None, launch: Launch) -> tuple[CommandLine
 
 def run(config: Config, command: CommandLine, launch: Launch, stop: StopRequest, startup: StartupTimer) -> None:
     """Collective: every rank must call. Start the rank, train, leave the group, close."""
-    settings = config.train
     startup.lap("config")
     with listen_for_stop(stop):
-        with start_rank(
-            launch,
-            device=settings.device,
-            backend=settings.backend,
-            threads=settings.threads,
-            timeout=settings.hang_timeout,
-        ) as rank:
+        with build.join(config, launch) as rank:
             startup.lap("ranks")
             session = train(config, command, launch, rank, stop, startup)
         session.close()

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.checkpoint import Checkpoints, TrainingState, save_atomically
-from pipeline.run_folder import RunFolder, State
-from pipeline.tracking.journal import Journal, now_ms
+from pipeline.run_folder import RunFolder, State, without_credentials
+from pipeline.tracking.journal import KILLED, Journal
+from train.evaluation import Evaluator
 
+NUM_SLIDE_IMAGES = 16
+REASON_LENGTH = 500
 logger = logging.getLogger("convoy")
 
 
@@ -23,6 +26,7 @@ class RunOutput(Protocol):
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
     def save_checkpoint(self, state: TrainingState, value: float | None) -> None: ...
     def save_best(self, model: Mapping[str, Any]) -> None: ...
+    def predictions(self, evaluator: Evaluator, step: int) -> None: ...
     def save_trace(self, write: Callable[[str], object]) -> None: ...
     def choices(self, values: Mapping[str, str]) -> None: ...
 
@@ -37,6 +41,9 @@ class NullOutput:
         pass
 
     def save_best(self, model: Mapping[str, Any]) -> None:
+        pass
+
+    def predictions(self, evaluator: Evaluator, step: int) -> None:
         pass
 
     def save_trace(self, write: Callable[[str], object]) -> None:
@@ -67,6 +74,12 @@ class FolderOutput:
     def save_best(self, model: Mapping[str, Any]) -> None:
         save_atomically(self.folder.model / "best.pt", dict(model))
 
+    def predictions(self, evaluator: Evaluator, step: int) -> None:
+        """Of the first test images, to be seen as slides over the training."""
+        first = evaluator.first_predictions(NUM_SLIDE_IMAGES)
+        confidence = [round(value, 4) if value == value else 0.0 for value in first.confidence.tolist()]
+        self.journal.append("predictions", step=step, predicted=first.predicted.tolist(), confidence=confidence)
+
     def save_trace(self, write: Callable[[str], object]) -> None:
         """`write(path)` makes the file, compressed."""
         path = self.folder.path / "profile" / f"trace-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
@@ -80,14 +93,31 @@ class FolderOutput:
         self.journal.append("tags", values={self.tag_prefix + key: value for key, value in values.items()})
         logger.info("%s", ", ".join(f"{key}: {value}" for key, value in values.items()))
 
-    def save_final(self, model: Mapping[str, Any]) -> dict[str, str]:
-        """Write model/final.pt; its path in the run folder and its SHA-256."""
-        path = self.folder.model / "final.pt"
-        save_atomically(path, dict(model))
-        return {"path": "model/final.pt", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    def save_final(self, model: Mapping[str, Any]) -> None:
+        save_atomically(self.folder.model / "final.pt", dict(model))
 
-    def set_state(self, state: State) -> None:
+    def weights_to_log(self, best_step: int, last_step: int) -> dict[str, Any]:
+        """The best there are: their path in the run folder, SHA-256 and step."""
+        name, step = ("best.pt", best_step) if (self.folder.model / "best.pt").is_file() else ("final.pt", last_step)
+        path = self.folder.model / name
+        return {"path": f"model/{name}", "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "step": step}
+
+    def begin(self, tags: Mapping[str, str]) -> None:
+        """Of this attempt, under `attempt.<number>.`; the one before was killed if it did not end itself."""
+        ended = self.journal.state != "running"
+        before = {} if ended else {f"attempt.{self.journal.num_attempts}.end": KILLED}
+        number = self.journal.num_attempts + 1
+        self.journal.append("tags", values=before | {f"attempt.{number}.{key}": value for key, value in tags.items()})
+        self._set_state("running")
+
+    def end(self, state: State, reason: str) -> None:
+        """`reason` tells why this attempt ended."""
+        reason = without_credentials(reason)[:REASON_LENGTH]
+        self.journal.append("tags", values={f"attempt.{self.journal.num_attempts}.end": reason})
+        self._set_state(state)
+
+    def _set_state(self, state: State) -> None:
         """In status.json for people and scripts, in the journal for MLflow."""
         self.folder.update_status(state=state)
-        self.journal.append("status", state=state, timestamp_ms=now_ms())
+        self.journal.status(state)
         self.journal.sync()

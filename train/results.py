@@ -30,8 +30,12 @@ def write_results(
     predictions: Predictions,
     weights: dict[str, Tensor],
     global_step: int,
+    best_step: int,
 ) -> None:
-    """Files in the run folder, and the records that let the publisher draw and package them."""
+    """Files in the run folder, and the records that let the publisher draw and package them.
+
+    `evaluation`, `predictions` and `weights` are of the end, at `global_step`; the model logged is the best.
+    """
     folder, info = output.folder, dataset.info
     path = folder.path / "evaluation" / f"step-{global_step:08d}.npz"
     path.parent.mkdir(exist_ok=True)
@@ -48,7 +52,27 @@ def write_results(
         count=evaluation.count,
         recall=dict(zip(info.class_names, _finite(evaluation.recall), strict=True)),
     )
-    output.journal.append("model", **output.save_final(weights), **describe_network(config, info))
+    output.save_final(weights)
+    output.journal.append(
+        "model",
+        **output.weights_to_log(best_step, global_step),
+        metric=config.checkpoint.metric,
+        dataset=info.name,
+        dataset_digest=dataset.digest,
+        register=config.tracking.register,
+        **describe_network(config, info),
+    )
+
+
+def write_slide_images(folder: RunFolder, dataset: Dataset, count: int) -> None:
+    """The images whose predictions are recorded at each evaluation."""
+    path = folder.path / "evaluation" / "samples.npz"
+    path.parent.mkdir(exist_ok=True)
+    images, labels = dataset.evaluation.images[:count].numpy(), dataset.evaluation.labels[:count].numpy()
+    temporary = path.with_name(f".writing-{path.name}")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, images=images, labels=labels, class_names=np.array(dataset.info.class_names))
+    temporary.replace(path)
 
 
 def describe_network(config: Config, info: DatasetInfo) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,11 +27,11 @@ from pipeline.run_folder import (
     without_credentials,
 )
 from pipeline.tracking.journal import Journal, now_ms
-from pipeline.tracking.process import PublisherProcess
+from pipeline.tracking.process import PublisherProcess, SamplerProcess
 from train.build import build_checkpoints, build_schedule
 from train.evaluation import Predictions
-from train.output import FolderOutput, NullOutput, RunOutput
-from train.results import describe_opening, describe_sample, write_results
+from train.output import NUM_SLIDE_IMAGES, FolderOutput, NullOutput, RunOutput
+from train.results import describe_opening, describe_sample, write_results, write_slide_images
 from train.trainer import Outcome, Trainer
 
 PREEMPTED_TIMEOUT = 10.0
@@ -43,6 +45,7 @@ class Start:
     """Where this attempt begins, as rank 0 tells it to all."""
 
     run_id: str
+    folder: Path
     checkpoint: TrainingState | None
     """Where to go on; None to begin."""
     is_finished: bool = False
@@ -91,14 +94,15 @@ class Attempt:
                 folder.name,
                 status["epoch"],
             )
-            return Start("", None, is_finished=True)
+            return Start("", folder.path, None, is_finished=True)
         journal = Journal(folder.journal)
         prefix = f"resume.{journal.num_attempts}." if journal.run_id else ""
         self.output = FolderOutput(folder, journal, checkpoints, prefix)
+        write_slide_images(folder, self.dataset, NUM_SLIDE_IMAGES)
         run_id = self._record_beginning(folder, journal, state)
         if self.config.tracking.enabled:
             self.publisher = PublisherProcess(folder.path, self.uri)
-        return Start(run_id, state)
+        return Start(run_id, folder.path, state)
 
     def _record_beginning(self, folder: RunFolder, journal: Journal, state: TrainingState | None) -> str:
         assert self.output is not None
@@ -128,7 +132,7 @@ class Attempt:
             epoch=position.epoch if position else 0,
             global_step=position.global_step if position else 0,
         )
-        self.output.set_state("running")
+        self.output.begin({"host": tags["host"], "ranks": tags["world_size"]})
         return run_id
 
     def _record_new_run(self, journal: Journal, run_id: str, tags: dict[str, str]) -> None:
@@ -142,7 +146,7 @@ class Attempt:
         journal.append_all(
             [
                 {"kind": "run", "run_id": run_id, "name": folder.name, "experiment": experiment, "tracking_uri": uri}
-                | {"timestamp_ms": now_ms()},
+                | {"command": without_credentials(command_line()), "timestamp_ms": now_ms()},
                 {"kind": "params", "values": params},
                 {"kind": "tags", "values": tags},
                 {"kind": "dataset", "name": info.name, "digest": self.dataset.digest, "source": info.source, **sizes},
@@ -164,8 +168,9 @@ class Attempt:
         assert trainer.last_evaluation is not None
         evaluation, step = trainer.last_evaluation, trainer.position.global_step
         weights = trainer.network.state_dict()
-        write_results(self.output, self.config, self.dataset, evaluation, predictions, weights, step)
-        self.output.set_state("finished")
+        best = trainer.best.global_step if trainer.best else step
+        write_results(self.output, self.config, self.dataset, evaluation, predictions, weights, step, best)
+        self.output.end("finished", "finished")
         self.last_lines = [
             f"finished: {evaluation.accuracy:.2%} of {evaluation.count:,} test images right",
             describe_sample(self.dataset.info, predictions),
@@ -173,16 +178,16 @@ class Attempt:
 
     def preempt(self, trainer: Trainer) -> None:
         assert self.output is not None
-        self.output.set_state("preempted")
         reason = f"on {trainer.stop.signal_name}" if trainer.stop else "as another rank was asked to"
         step, name = trainer.position.global_step, self.output.folder.name
+        self.output.end("preempted", f"stopped {reason} behind step {step}")
         self.last_lines = [f"stopped {reason} behind step {step}, all saved; run.name={name} continues it"]
 
-    def fail(self) -> None:
+    def fail(self, cause: BaseException) -> None:
         if self.output is None:
             return
         try:
-            self.output.set_state("failed")
+            self.output.end("failed", f"{type(cause).__name__}: {cause}")
         except OSError as error:  # a full disk, say: must not hide what made the training fail
             logger.warning("the failure cannot be recorded in %s: %s", self.output.folder.path, error)
 
@@ -213,6 +218,8 @@ class Session:
 
     start: Start
     attempt: Attempt | None
+    sampler: SamplerProcess | None
+    """Of the first rank of each node."""
     outcome: Outcome | None = None
 
     @property
@@ -222,6 +229,9 @@ class Session:
     def end(self, outcome: Outcome, trainer: Trainer) -> None:
         """Collective: every rank must call. Write what the training leaves."""
         self.outcome = outcome
+        if self.sampler is not None:
+            self.sampler.close()
+        trainer.rank.any(False)  # all samples are written before the run is said to have ended
         predictions = trainer.evaluator.predictions() if outcome == "finished" else None
         if self.attempt is None:
             return
@@ -245,12 +255,21 @@ def open_session(
         attempt = Attempt(config, config_name, launch, rank, dataset, root) if rank.is_main else None
         start = rank.from_main(lambda: attempt.begin(stack) if attempt else None)
         assert start is not None
+        sampler = None
+        if rank.local_rank == 0 and config.tracking.system_every > 0 and not start.is_finished:
+            sampler = SamplerProcess(start.folder, config.tracking.system_every)
+            stack.callback(sampler.close)
         try:
-            yield Session(start, attempt)
-        except BaseException:
+            yield Session(start, attempt, sampler)
+        except BaseException as error:
             if attempt is not None:
-                attempt.fail()
+                attempt.fail(error)
             raise
+
+
+def command_line() -> str:
+    """What starts this program again, as one would type it."""
+    return shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 def tracking_uri(config: Config) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.communication import joined
+from pipeline.communication.ddp import joined
 from pipeline.data.loading import Batch
 from pipeline.optim import set_lr
 from pipeline.seeding import stream_seed
-from train.step import StepParts, count_hits, seed_device
+from train.step import EagerStep, StepParts, count_hits, seed_device
 
 NUM_WARM_UP = 11
 """DDP settles its buckets and its statistics in its first eager iterations; torch's notes on CUDA graphs ask for 11."""
@@ -25,7 +25,7 @@ class StaticStep:
     """Does what EagerStep does, for batches of one micro-batch that are indices into a resident dataset.
 
     A shorter batch is padded with samples of weight zero, whose gradient is zero: exact, unless the network has batch
-    statistics. On CPU nothing is captured, which serves to test the arithmetic.
+    statistics. Then it is done by an EagerStep. On CPU nothing is captured, which serves to test the arithmetic.
     """
 
     def __init__(self, parts: StepParts, batch_size: int, stream: torch.cuda.Stream | None = None):
@@ -40,6 +40,7 @@ class StaticStep:
         self._counts: tuple[int, int] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._short = EagerStep(parts) if has_batch_statistics(parts.replicas.model) else None
 
     def prepare(self) -> None:
         """Collective: every rank must call. Capture the step; weights and optimizer are left as they are."""
@@ -61,6 +62,8 @@ class StaticStep:
     def __call__(self, batch: Batch, *, lr: float, global_step: int) -> Tensor:
         parts = self._parts
         (indices,) = batch.micro_batches
+        if self._short is not None and len(indices) < len(self._indices):
+            return self._short(batch, lr=lr, global_step=global_step)
         self._fill(indices, batch.global_count)
         set_lr(parts.optimizer, lr)
         seed_device(parts.rank.device, stream_seed(parts.seed, "step", global_step, parts.rank.rank))
@@ -95,18 +98,27 @@ class StaticStep:
         return torch.stack((total.detach(), (count_hits(output, labels) * self._weights).sum())).double()
 
     def _snapshot(self) -> dict[tuple[Tensor, str], Tensor]:
-        """All that a step changes: weights, and what the optimizer knows of each."""
-        state: dict[tuple[Tensor, str], Tensor] = {(p, "weights"): p.detach().clone() for p in self._parameters}
+        """All that a step changes: weights, buffers, and what the optimizer knows of each weight."""
+        state: dict[tuple[Tensor, str], Tensor] = {(t, "value"): t.detach().clone() for t in self._changed()}
         for parameter, values in self._parts.optimizer.state.items():
             state |= {(parameter, key): v.clone() for key, v in values.items() if isinstance(v, Tensor)}
         return state
 
+    def _changed(self) -> list[Tensor]:
+        return [*self._parameters, *self._parts.replicas.model.buffers()]
+
     @torch.no_grad()
     def _restore(self, before: dict[tuple[Tensor, str], Tensor]) -> None:
         """In place: the graph will use these very tensors. What the warm-up made is zeroed, as all optimizers begin."""
+        for tensor in self._changed():
+            tensor.copy_(before[tensor, "value"])
         for parameter in self._parameters:
-            parameter.copy_(before[parameter, "weights"])
             for key, value in self._parts.optimizer.state[parameter].items():
                 if isinstance(value, Tensor):
                     known = before.get((parameter, key))
                     value.zero_() if known is None else value.copy_(known)
+
+
+def has_batch_statistics(network: nn.Module) -> bool:
+    """Whether padding a batch would change what the network computes for the other samples."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules())

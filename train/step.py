@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.communication import Replicas, trained_parameters
+from pipeline.communication import Replicas
 from pipeline.data.loading import Batch
 from pipeline.distributed import Rank
 from pipeline.losses import Loss
@@ -38,7 +38,7 @@ class StepParts:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return trained_parameters(self.replicas.model)
+        return [p for p in self.replicas.model.parameters() if p.requires_grad]
 
 
 class Step(Protocol):

@@ -168,6 +168,7 @@ class Trainer:
         self.last_evaluation = evaluation
         values = {"eval/loss": evaluation.loss, "eval/accuracy": evaluation.accuracy}
         self.output.metrics(values | {"time/evaluation_seconds": seconds}, self.position.global_step)
+        self.output.predictions(self.evaluator, self.position.global_step)
         self.display.evaluated(self.position.epoch, evaluation, seconds)
         value = values[self.config.checkpoint.metric]
         if self.best is None or is_better(self.config.checkpoint.metric, value, self.best.value):

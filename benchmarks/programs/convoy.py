@@ -37,6 +37,7 @@ def convoy_settings(training: Training, ranks: int) -> list[str]:
         f"train.precision={training.precision}",
         f"train.log_every={LOG_EVERY}",
         "tracking.enabled=false",
+        "tracking.system_every=0",
     ]
 
 

@@ -73,7 +73,7 @@ def train(
 ) -> None:
     model.train()
     for index, (images, labels) in enumerate(loader):
-        images, labels = images.to(device), labels.to(device)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         optimizer.zero_grad()
         with training.autocast:
             loss = F.nll_loss(model(images), labels)
@@ -89,7 +89,7 @@ def test(training: Training, model: nn.Module, device: torch.device, loader: Loa
     right_and_all = torch.zeros(2, device=device)
     with torch.inference_mode(), training.autocast:
         for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             right = (model(images).argmax(1) == labels).sum()
             right_and_all += torch.stack([right, torch.tensor(len(labels), device=device)])
     dist.all_reduce(right_and_all)

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.harness import ROOT, print_result
 from pipeline.config import CommandLine, Config
-from pipeline.distributed import Launch, Rank, start_logging, start_rank
+from pipeline.distributed import Launch, Rank, start_logging
 from pipeline.preemption import StopRequest
 from pipeline.timing import PhaseTimer, StartupTimer, build_timer
 from train import build
@@ -82,14 +82,7 @@ def main() -> None:
     launch = Launch.from_environment(os.environ)
     start_logging(launch.rank)
     command, config = read_config(None, launch)
-    settings = config.train
-    with start_rank(
-        launch,
-        device=settings.device,
-        backend=settings.backend,
-        threads=settings.threads,
-        timeout=settings.hang_timeout,
-    ) as rank:
+    with build.join(config, launch) as rank:
         session = measure(config, command, launch, rank)
     session.close()
 

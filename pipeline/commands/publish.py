@@ -7,7 +7,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from pipeline.preemption import SIGNALS
 from pipeline.run_folder import RunFolder, is_being_trained, locked
 
 HELP = "publish one run's journal to MLflow (what a training starts by itself)"
+
+AFTER_DEATH = 30.0
+"""Seconds that a publisher goes on after the death of its training."""
 
 # MLflow's defaults keep one call to a dead server waiting for 4 to 20 minutes
 MLFLOW_SETTINGS = {
@@ -40,18 +45,39 @@ def run(arguments: argparse.Namespace) -> int:
     os.nice(10)
     start_logging()
     folder = RunFolder(arguments.run_dir.absolute())
-    return 0 if publish(folder, os.environ["MLFLOW_TRACKING_URI"], lambda: os.getppid() == arguments.follow) else 1
+
+    def is_parent_alive() -> bool:
+        return bool(os.getppid() == arguments.follow)
+
+    if arguments.follow:
+        threading.Thread(target=end_after, args=(is_parent_alive, AFTER_DEATH + 2), daemon=True).start()
+    succeeded, _ = publish(folder, os.environ["MLFLOW_TRACKING_URI"], is_parent_alive)
+    return 0 if succeeded else 1
 
 
-def publish(folder: RunFolder, uri: str, is_parent_alive: Callable[[], bool], after_death: float = 30.0) -> bool:
-    """Publish a folder, one process at a time. Returns whether all was published."""
+def end_after(is_parent_alive: Callable[[], bool], seconds: float) -> None:
+    """End this process so long after its parent's death, whatever it waits for; all is in the journal."""
+    while is_parent_alive():
+        time.sleep(0.5)
+    time.sleep(seconds)
+    os._exit(1)
+
+
+def publish(
+    folder: RunFolder, uri: str, is_parent_alive: Callable[[], bool], after_death: float = AFTER_DEATH
+) -> tuple[bool, Mapping[str, int]]:
+    """Publish a folder, one process at a time. Whether all was published, and how much of each kind was.
+
+    `after_death`: seconds in which to try when the parent is dead.
+    """
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
     from pipeline.tracking.publisher import Publisher, follow  # imports mlflow: 3 s, and reads the settings above
 
     with locked(folder.path / ".publisher.lock"):
         publisher = Publisher(folder, uri, load_network)
-        return follow(publisher, is_parent_alive, lambda: is_being_trained(folder), after_death=after_death)
+        succeeded = follow(publisher, is_parent_alive, lambda: is_being_trained(folder), after_death=after_death)
+        return succeeded, publisher.counts
 
 
 def load_network(run_folder: Path, record: dict[str, Any]) -> Any:

@@ -1,42 +1,82 @@
-"""`sync RUN_DIR ...`: publish what the publisher of a run could not."""
+"""`sync [RUN_DIR ...]`: publish what the publisher of a run could not."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.commands.publish import publish, start_logging
 from pipeline.run_folder import RunFolder, is_being_trained, without_credentials
-from pipeline.tracking.journal import read_journal
+from pipeline.tracking.journal import iterate
+from pipeline.tracking.progress import Progress
 
-HELP = "publish to MLflow what is in a run's journal and not there yet; safe to repeat"
+HELP = "publish to MLflow what is in the journals of runs and not there yet; safe to repeat"
+COLUMNS = ("points", "params", "tags", "files", "models")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, nargs="+", help="run folders, e.g. runs/mnist")
+    parser.add_argument(
+        "run_dir", type=Path, nargs="*", help="run folders, e.g. runs/mnist; default: all of --runs with something left"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to look for run folders (runs)")
     parser.add_argument("--uri", help="MLflow server or store; default: MLFLOW_TRACKING_URI, else that of the run")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """0: nothing is left; 1: something could not be published; 2: there is no such run."""
     start_logging()
-    return max([_sync(RunFolder(path.absolute()), arguments.uri) for path in arguments.run_dir])
-
-
-def _sync(folder: RunFolder, uri: str | None) -> int:
-    if not folder.journal.is_file():
+    named = [RunFolder(path.absolute()) for path in arguments.run_dir]
+    missing = [folder for folder in named if not folder.journal.is_file()]
+    for folder in missing:
         print(f"{folder.path}: no run folder (it has no journal.jsonl)", file=sys.stderr)
+    if missing:
         return 2
+    if not named and not arguments.runs.is_dir():
+        print(f"{arguments.runs}: no such folder; name run folders, or the folder of all with --runs", file=sys.stderr)
+        return 2
+    folders = named or [RunFolder(path.parent.absolute()) for path in sorted(arguments.runs.glob("*/journal.jsonl"))]
+    rows, exit_code = [], 0
+    for folder in folders:
+        row, succeeded = sync(folder, arguments.uri, only_if_left=not named)
+        if row is not None:
+            rows.append(row)
+        exit_code = max(exit_code, 0 if succeeded else 1)
+    print(format_table(rows) if rows else "nothing is left to publish")
+    return exit_code
+
+
+def sync(folder: RunFolder, uri: str | None, *, only_if_left: bool) -> tuple[dict[str, str] | None, bool]:
+    """A row of the table, None for a run that is not to be mentioned; and whether nothing is left of the run."""
+    row = {"run": folder.name}
     if is_being_trained(folder):
-        print(f"{folder.path}: is being trained now; its own publisher is at work", file=sys.stderr)
-        return 1
-    run = next((record for record in read_journal(folder.journal)[0] if record["kind"] == "run"), None)
-    if run is None:
-        print(f"{folder.path}: its journal does not name its run; there is nothing to publish", file=sys.stderr)
-        return 1
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or run["tracking_uri"]
-    published = publish(folder, uri, lambda: False)
-    outcome = "published" if published else "NOT published (give --uri for another server)"
-    print(f"{folder.path}: {outcome} to {without_credentials(uri)}")
-    return 0 if published else 1
+        outcome = "is being trained now; its own publisher is at work"
+        return (None, True) if only_if_left else (row | {"outcome": outcome}, False)
+    record = next((record for record, _ in iterate(folder.journal) if record["kind"] == "run"), None)
+    if record is None:
+        return row | {"outcome": "its journal does not name its run: nothing can be published"}, False
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or record["tracking_uri"]
+    if only_if_left and Progress(folder, uri).is_complete():
+        return None, True
+    succeeded, counts = publish(folder, uri, lambda: False)
+    where = without_credentials(uri)
+    outcome = f"published to {where}" if succeeded else f"NOT all published to {where} (--uri names another server)"
+    mlflow_id = str(Progress(folder, uri).get("mlflow_run_id") or "")
+    return row | {"MLflow run": mlflow_id, **{c: f"{counts[c]:,}" for c in COLUMNS}, "outcome": outcome}, succeeded
+
+
+def format_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Columns in line, what is counted to the right."""
+    names = ("run", "MLflow run", *COLUMNS, "outcome")
+    table = [dict(zip(names, names, strict=True)), *rows]
+    widths = {name: max(len(row.get(name, "")) for row in table) for name in names}
+    lines = []
+    for row in table:
+        cells = [
+            row.get(name, "").rjust(widths[name]) if name in COLUMNS else row.get(name, "").ljust(widths[name])
+            for name in names
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

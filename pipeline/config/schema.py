@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -49,6 +50,10 @@ class DataConfig(Section):
     std: tuple[float, ...] | None = Field(
         None, min_length=1, description="per channel, of pixels in [0, 1], divided by; null: the dataset's own"
     )
+    random_crop: int = Field(
+        0, ge=0, le=64, description="pixels of padding around a training image, of which its own size is cropped"
+    )
+    random_flip: bool = Field(False, description="mirror every other training image left to right, at random")
     global_batch_size: int = Field(
         32, ge=1, description="samples per optimizer step, over all ranks and accumulation steps"
     )
@@ -129,15 +134,30 @@ class CheckpointConfig(Section):
     )
 
 
-class TrackingConfig(Section):
-    enabled: bool = Field(True, description="false: only the journal is written; `sync` can publish it later")
-    uri: str | None = Field(
-        None, min_length=1, description="MLflow server or store; null: MLFLOW_TRACKING_URI, else ./mlflow.db"
-    )
-    experiment: str = Field("convoy", min_length=1, max_length=250, description="MLflow experiment of the run")
-    close_timeout: float = Field(
-        120.0, ge=0, description="seconds the command waits at its end for the rest to be published"
-    )
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message='Field name "register"')  # the metaclass's method is not hidden by it
+
+    class TrackingConfig(Section):
+        enabled: bool = Field(True, description="false: only the journal is written; `sync` can publish it later")
+        uri: str | None = Field(
+            None, min_length=1, description="MLflow server or store; null: MLFLOW_TRACKING_URI, else ./mlflow.db"
+        )
+        experiment: str = Field("convoy", min_length=1, max_length=250, description="MLflow experiment of the run")
+        register: str | None = Field(
+            None,
+            min_length=1,
+            max_length=250,
+            pattern=r"^[^/:]+$",
+            description="registered model that gets a version of this run; champion if it beats that; null: none",
+        )
+        system_every: float = Field(
+            10.0,
+            ge=0,
+            description="seconds between samples of CPU, memory, disk, network and GPUs of each node; 0: none",
+        )
+        close_timeout: float = Field(
+            120.0, ge=0, description="seconds the command waits at its end for the rest to be published"
+        )
 
 
 class Config(Section):
@@ -221,6 +241,11 @@ def find_contradictions(config: Config) -> Iterable[Problem]:
         )
     if train.precision == "fp16" and train.device == "cpu":
         yield Problem(("train.precision", "train.device"), "train.precision = fp16: needs a GPU; use bf16 or fp32")
+    if 0 < config.tracking.system_every < 0.1:
+        yield Problem(
+            ("tracking.system_every",),
+            f"tracking.system_every = {config.tracking.system_every:g}: accepted: 0 for none, or at least 0.1 seconds",
+        )
     yield from _check_uri(config.tracking.uri)
 
 

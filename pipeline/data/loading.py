@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.data.augment import Augment
 from pipeline.data.sampler import GlobalOrderSampler, StepIndices
 from pipeline.preemption import SIGNALS
 from pipeline.timing import PhaseTimer
@@ -63,14 +64,24 @@ class Normalize(nn.Module):
 class ResidentLoader:
     """The dataset lies as uint8 on the device; a micro-batch is a tensor of indices, gathered and normalised there."""
 
-    def __init__(self, images: Tensor, labels: Tensor, sampler: GlobalOrderSampler, normalize: Normalize):
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        sampler: GlobalOrderSampler,
+        normalize: Normalize,
+        augment: Augment | None = None,
+    ):
         device = normalize.scale.device
         self.sampler = sampler
+        self._augment = augment
         self._images = images.to(device)
         self._labels = labels.to(device)
         self._normalize = normalize
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._augment is not None:
+            self._augment.set_epoch(self.sampler.epoch)
         # one copy an epoch: a copy a step would be a launch and a synchronisation each
         for step in self.sampler.steps(self._images.device):
             yield Batch(step.start, step.global_count, step.micro_batches)
@@ -78,18 +89,20 @@ class ResidentLoader:
     def inputs(self, micro_batch: Tensor) -> tuple[Tensor, Tensor]:
         # on CPU five times as fast as indexing with a tensor
         images, labels = (data.index_select(0, micro_batch) for data in (self._images, self._labels))
+        if self._augment is not None:
+            images = self._augment(images, micro_batch)
         return self._normalize(images), labels
 
 
 @dataclass(frozen=True)
-class _Pixels(Dataset[tuple[Tensor, Tensor]]):
-    """Indexed by a tensor of indices: a whole micro-batch at a time, no Python work per sample."""
+class _Pixels(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Indexed by a tensor of indices: a whole micro-batch at a time, no Python work per sample. Gives them back too."""
 
     images: Tensor
     labels: Tensor
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self.images[indices], self.labels[indices]
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.images[indices], self.labels[indices], indices
 
 
 @dataclass(frozen=True)
@@ -116,8 +129,10 @@ class StreamedLoader:
         normalize: Normalize,
         num_workers: int,
         timer: PhaseTimer,
+        augment: Augment | None = None,
     ):
         self.sampler = sampler
+        self._augment = augment
         self._normalize = normalize
         self._timer = timer
         self._device = normalize.scale.device
@@ -134,6 +149,8 @@ class StreamedLoader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
+        if self._augment is not None:
+            self._augment.set_epoch(self.sampler.epoch)
         # held back until the workers, which inherit this, have learnt to ignore them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
@@ -148,12 +165,14 @@ class StreamedLoader:
         if coming is not None:
             yield self._take(*coming)
 
-    def inputs(self, micro_batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        pixels, labels = micro_batch
+    def inputs(self, micro_batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        pixels, labels, indices = micro_batch
+        if self._augment is not None:
+            pixels = self._augment(pixels, indices)
         return self._normalize(pixels), labels
 
     def _fetch(
-        self, step: StepIndices, fetched: Iterator[tuple[Tensor, Tensor]]
+        self, step: StepIndices, fetched: Iterator[tuple[Tensor, Tensor, Tensor]]
     ) -> tuple[Batch, torch.cuda.Event | None]:
         """The batch, and what tells when its copy has arrived on a GPU."""
         pixels = tuple(islice(fetched, len(step.micro_batches)))
@@ -161,7 +180,7 @@ class StreamedLoader:
             return Batch(step.start, step.global_count, pixels), None
         self._timer.lap("data")
         with torch.cuda.stream(self._copying):
-            moved = tuple(tuple(t.to(self._device, non_blocking=True) for t in pair) for pair in pixels)
+            moved = tuple(tuple(t.to(self._device, non_blocking=True) for t in tensors) for tensors in pixels)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         return Batch(step.start, step.global_count, moved), arrived
@@ -171,7 +190,7 @@ class StreamedLoader:
             computing = torch.cuda.current_stream(self._device)
             computing.wait_event(arrived)
             self._timer.lap("host_to_device")  # as far as computing has to wait for the copy
-            for tensor in (tensor for pair in batch.micro_batches for tensor in pair):
+            for tensor in (tensor for tensors in batch.micro_batches for tensor in tensors):
                 tensor.record_stream(computing)  # or its memory would be given to the next copy too early
         return batch
 

@@ -1,10 +1,8 @@
-"""What a run leaves to look at and to use: figures in the run folder, and the model in MLflow."""
+"""What a run leaves to look at: from its records to figures in its folder."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 
 from pipeline.run_folder import RunFolder
 from pipeline.tracking import figures
-from pipeline.tracking.journal import read_journal
+from pipeline.tracking.journal import iterate
 
 Record = dict[str, Any]
 
@@ -43,16 +41,28 @@ def draw_evaluation(folder: RunFolder, record: Record) -> list[Path]:
     return paths
 
 
+def draw_samples(folder: RunFolder, record: Record) -> Path:
+    """What was predicted at one evaluation for the first test images."""
+    with np.load(folder.path / "evaluation" / "samples.npz", allow_pickle=False) as data:
+        images, labels, names = data["images"], data["labels"], data["class_names"].tolist()
+    path = folder.figures / "predictions" / f"step-{record['step']:08d}.png"
+    predicted, confidence = np.array(record["predicted"]), np.array(record["confidence"])
+    images, labels = images[: len(predicted)], labels[: len(predicted)]
+    title = f"{folder.name}: step {record['step']:,}"
+    return figures.draw_predictions(images, labels, predicted, confidence, names, path, title=title)
+
+
 def draw_history(folder: RunFolder) -> list[Path]:
     """Learning curves from all metrics of the journal; nothing for a run that recorded none."""
-    records, _ = read_journal(folder.journal)
     history: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for record in records:
+    steps_per_epoch = 1
+    for record, _ in iterate(folder.journal):
         if record["kind"] == "metric":
             history[record["key"]].append((record["step"], record["value"]))
+        elif record["kind"] == "params":
+            steps_per_epoch = record["values"]["steps_per_epoch"]
     if not history:
         return []
-    steps_per_epoch = next((r["values"]["steps_per_epoch"] for r in records if r["kind"] == "params"), 1)
     folder.figures.mkdir(exist_ok=True)
     path = folder.figures / "learning_curves.png"
     return [figures.draw_learning_curves(history, path, title=folder.name, steps_per_epoch=int(steps_per_epoch))]
@@ -65,50 +75,3 @@ def draw_filters(folder: RunFolder, model: Any) -> list[Path]:
         return []
     path = folder.figures / "filters.png"
     return [figures.draw_filters(filters.detach().numpy(), path, title=f"{folder.name}: first layer")]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def log_model(folder: RunFolder, client: Any, uri: str, run_id: str, record: Record, model: Any) -> None:
-    """Log the network once as an MLflow model in the pt2 format, which holds no pickle.
-
-    `model` is on the CPU, in eval mode, and takes float32 pixels in 0..255, normalising them itself, so that it
-    answers as the training evaluated.
-    """
-    experiment_id = client.get_run(run_id).info.experiment_id
-    logged = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
-    # MLflow creates the entry before it uploads: one that is not READY was interrupted
-    if not any(m.tags.get("convoy.weights") == record["sha256"] and m.status.name == "READY" for m in logged):
-        _log_pt2(folder, uri, run_id, record, model)
-
-
-def _log_pt2(folder: RunFolder, uri: str, run_id: str, record: Record, model: Any) -> None:
-    import mlflow.pytorch  # torch comes with it: 3 s that a run without a model to log need not wait for
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    shape = (record["channels"], record["image_size"], record["image_size"])
-    pixels = np.dtype(np.float32)
-    mlflow.set_tracking_uri(uri)
-    mlflow.start_run(run_id=run_id, log_system_metrics=False)
-    try:
-        mlflow.pytorch.log_model(
-            model,
-            name="model",
-            # two images, because export takes a batch of one for a constant
-            input_example=np.zeros((2, *shape), np.float32),
-            signature=ModelSignature(
-                inputs=Schema([TensorSpec(pixels, (-1, *shape))]),
-                outputs=Schema([TensorSpec(pixels, (-1, record["num_classes"]))]),
-            ),
-            # stated, because finding them out starts pip, which a node without a network cannot do
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "mlflow", "numpy")],
-            serialization_format="pt2",
-            tags={"convoy.weights": record["sha256"], "run": folder.name},
-        )
-    finally:
-        mlflow.end_run("RUNNING")  # the state of the run is the journal's to say

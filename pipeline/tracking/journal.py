@@ -7,9 +7,10 @@ Every line has `v` (1) and `kind`:
     tags        values: {key: value}
     dataset     name, digest, source, num_train, num_eval
     metric      key, value, step, timestamp_ms
+    predictions step, predicted and confidence: of the images in evaluation/samples.npz, at an evaluation
     evaluation  path of an .npz in the run folder: what the figures are drawn from
     artifact    path of a file in the run folder, which is logged under the same path
-    model       path of the weights in the run folder, and all it takes to rebuild the network
+    model       path of the weights in the run folder, the step they are of, and all it takes to rebuild the network
     status      state (running, finished, preempted or failed), timestamp_ms
 """
 
@@ -20,14 +21,20 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pipeline.run_folder import without_credentials
+
+Record = dict[str, Any]
+
 VERSION = 1
 NAME_LENGTH = 250
 NONFINITE = "_nonfinite"
+KILLED = "killed, or its machine failed"
+"""Why an attempt ended that recorded no end."""
 encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode  # json.dumps would make one for each record
 
 
@@ -38,21 +45,36 @@ class Journal:
         """Opens or creates `path`; a line torn by a crash is cut off."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        records, complete_bytes = read_journal(path)
-        os.ftruncate(self._file, complete_bytes)
         self._last_step: dict[str, int] = {}
-        for record in records:
-            if record["kind"] == "metric":
+        self._num_nonfinite: dict[str, int] = {}
+        self.run_id: str | None = None
+        self.num_attempts = 0
+        self.state: str | None = None
+        """Of the last status record: `running` if the attempt before was killed."""
+        complete_bytes = 0
+        for record, end in iterate(path):
+            self._remember(record)
+            complete_bytes = end
+        os.ftruncate(self._file, complete_bytes)
+
+    def _remember(self, record: Record) -> None:
+        match record["kind"]:
+            case "metric":
                 self._last_step[record["key"]] = record["step"]
-        self.run_id: str | None = next((r["run_id"] for r in records if r["kind"] == "run"), None)
-        self.num_attempts = sum(r["kind"] == "status" and r["state"] == "running" for r in records)
+                if record["key"].endswith(NONFINITE):
+                    self._num_nonfinite[record["key"]] = int(record["value"])
+            case "run":
+                self.run_id = record["run_id"]
+            case "status":
+                self.state = record["state"]
+                self.num_attempts += record["state"] == "running"
 
     def append(self, kind: str, **fields: Any) -> None:
         self.append_all([{"kind": kind, **fields}])
 
-    def append_all(self, records: list[dict[str, Any]]) -> None:
-        """Records that make sense only together, in one write."""
-        data = "".join(encode({"v": VERSION, **record}) + "\n" for record in records).encode()
+    def append_all(self, records: list[Record]) -> None:
+        """Records that make sense only together, in one write. Credentials in params and tags are left out."""
+        data = "".join(encode({"v": VERSION, **_without_credentials(record)}) + "\n" for record in records).encode()
         while data:
             data = data[os.write(self._file, data) :]
 
@@ -60,20 +82,29 @@ class Journal:
         """Record metrics of one step. A (key, step) recorded before a resume is not recorded again.
 
         MLflow keeps a point for every value and time given to one step, for good, so the first must be the only one.
-        A value that is not finite is recorded as `<key>_nonfinite` = 1: MLflow's page breaks on NaN.
+        Values that are not finite are recorded as their count so far, `<key>_nonfinite`: MLflow's page breaks on NaN.
         """
         timestamp_ms = now_ms()
         lines = []
         for key, value in values.items():
             name, number = clean_name(key), float(value)
-            if not math.isfinite(number):
-                name, number = clean_name(key, NAME_LENGTH - len(NONFINITE)) + NONFINITE, 1.0
+            is_finite = math.isfinite(number)
+            if not is_finite:
+                name = clean_name(key, NAME_LENGTH - len(NONFINITE)) + NONFINITE
             if step > self._last_step.get(name, -1):
                 self._last_step[name] = step
+                if not is_finite:
+                    number = self._num_nonfinite[name] = self._num_nonfinite.get(name, 0) + 1
                 lines.append(
                     {"kind": "metric", "key": name, "value": number, "step": step, "timestamp_ms": timestamp_ms}
                 )
         self.append_all(lines)
+
+    def status(self, state: str) -> None:
+        """Record that the run is in this state from now on."""
+        record = {"kind": "status", "state": state, "timestamp_ms": now_ms()}
+        self.append_all([record])
+        self._remember(record)
 
     def sync(self) -> None:
         """Force what was appended to the disk."""
@@ -89,31 +120,47 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Complete records from byte `offset` on, and the offset behind the last of them.
+def read_journal(path: Path, offset: int = 0) -> tuple[list[Record], int]:
+    """All complete records from byte `offset` on, and the offset behind the last; raises what `iterate` raises."""
+    entries = list(iterate(path, offset))
+    return [record for record, _ in entries], entries[-1][1] if entries else offset
+
+
+def iterate(path: Path, offset: int = 0) -> Iterator[tuple[Record, int]]:
+    """The complete records from byte `offset` on, each with the offset behind it.
 
     A line without its end is being written, or was torn by a crash: it is left for the next reading. Raises ValueError
     naming file and byte for a complete line that is no record.
     """
-    entries = read_entries(path, offset)
-    return [record for record, _ in entries], entries[-1][1] if entries else offset
-
-
-def read_entries(path: Path, offset: int = 0) -> list[tuple[dict[str, Any], int]]:
-    """The records of `read_journal`, each with the offset behind it."""
     with path.open("rb") as file:
         file.seek(offset)
-        data = file.read()
-    complete = data[: data.rfind(b"\n") + 1]
-    entries = []
-    for line in complete.split(b"\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, byte {offset}: not a journal record ({error})") from error
-        offset += len(line) + 1
-        entries.append((record, offset))
-    return entries
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            record = _decode(line, path, offset)
+            offset += len(line)
+            yield record, offset
+
+
+def _decode(line: bytes, path: Path, offset: int) -> Record:
+    try:
+        record: Record = json.loads(line)
+        version = record["v"], record["kind"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}, byte {offset}: not a journal record ({error})") from error
+    if version[0] != VERSION:
+        raise ValueError(
+            f"{path}, byte {offset}: a record of version {version[0]}, and this program knows {VERSION}: use the "
+            "version of Convoy that wrote it"
+        )
+    return record
+
+
+def _without_credentials(record: Record) -> Record:
+    if record["kind"] not in ("params", "tags"):
+        return record
+    values = {k: without_credentials(v) if isinstance(v, str) else v for k, v in record["values"].items()}
+    return record | {"values": values}
 
 
 @lru_cache(maxsize=1024)

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from PIL import Image
 
-from pipeline.run_folder import RunFolder, locked, without_credentials
-from pipeline.tracking.artifacts import draw_evaluation, draw_filters, draw_history, file_digest, log_model
-from pipeline.tracking.journal import read_entries, read_journal
+from pipeline.run_folder import RunFolder, without_credentials
+from pipeline.tracking.artifacts import draw_evaluation, draw_filters, draw_history, draw_samples
+from pipeline.tracking.description import describe_run
+from pipeline.tracking.journal import KILLED, iterate
+from pipeline.tracking.models import file_digest, log_model, register, tie_to_metrics
+from pipeline.tracking.progress import Progress
+from pipeline.tracking.store import find_or_create_run, is_refusal, open_store, run_exists
 
 Record = dict[str, Any]
 LoadModel = Callable[[Path, Record], Any]
@@ -32,7 +38,6 @@ METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
-RUN_ID_TAG = "convoy.run_id"
 MLFLOW_STATUS = {"running": "RUNNING", "finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 logger = logging.getLogger("convoy")
 
@@ -45,8 +50,9 @@ class Publisher:
         self._uri = uri
         self._load_model = load_model
         self._client: MlflowClient | None = None
-        self._progress_path = folder.path / "published.json"
-        self._progress = self._read_progress()
+        self._progress = Progress(folder, uri)
+        self.counts: Counter[str] = Counter()
+        """What was published from here, by kind: points, params, tags, files, models."""
 
     @property
     def state(self) -> str | None:
@@ -55,43 +61,42 @@ class Publisher:
         return state
 
     def drain(self, *, training_alive: bool) -> None:
-        """Publish what the journal holds beyond the stored offset.
+        """Publish what journal and samples hold beyond the stored offsets.
 
         A run that the journal says is running, but whose training is dead, is marked as failed.
         """
         client = self._connect()
-        entries = read_entries(self._folder.journal, self._progress["offset"])
-        for kind, group in groupby(entries, key=lambda entry: str(entry[0]["kind"])):
-            members = list(group)
-            self._publish(client, kind, [record for record, _ in members])
-            self._store_progress(offset=members[-1][1])
-        if not training_alive and self.state == "running":
-            self._show_state(client, "failed")
-            self._folder.update_status(state="failed")
+        for path in self._progress.files():
+            for batch, end in batches(iterate(path, self._progress.offset(path))):
+                self._publish(client, batch)
+                self._progress.advance(path, end)
+        if not training_alive and self._progress.get("shown") == "running":
+            self._show_death(client)
 
-    def _publish(self, client: MlflowClient, kind: str, records: list[Record]) -> None:
-        if kind == "metric":
-            for chunk in _chunks(records, METRICS_PER_REQUEST):
-                self._log_metrics(client, [Metric(*_point(r)) for r in chunk])
-            return
-        for record in records:
-            match kind:
-                case "params":
-                    self._log_params(client, record["values"])
-                case "tags":
-                    tags = [RunTag(key, str(value)[:TAG_LENGTH]) for key, value in record["values"].items()]
-                    client.log_batch(self._run_id, tags=tags)
-                case "dataset":
-                    client.log_inputs(self._run_id, [DatasetInput(_dataset(record))])
-                case "evaluation":
-                    self._log_figures(client, partial(draw_evaluation, self._folder, record))
-                case "model":
-                    self._publish_model(client, record)
-                case "artifact":
-                    self._log_file(client, record["path"])
-                case "status":
-                    self._show_state(client, record["state"], record.get("timestamp_ms"))
-                    self._progress["state"] = record["state"]
+    def _publish(self, client: MlflowClient, records: list[Record]) -> None:
+        """Records that `batches` has put together."""
+        record = records[0]
+        match record["kind"]:
+            case "metric":
+                self._log_metrics(client, [Metric(*_point(r)) for r in records])
+            case "params":
+                self._log_params(client, record["values"])
+            case "tags":
+                self._log_tags(client, record["values"])
+            case "dataset":
+                client.log_inputs(self._run_id, [DatasetInput(_dataset(record))])
+            case "predictions":
+                self._log_predictions(client, record)
+            case "evaluation":
+                self._log_figures(client, partial(draw_evaluation, self._folder, record))
+            case "model":
+                self._publish_model(client, record)
+            case "artifact":
+                self._log_file(client, record["path"])
+            case "status":
+                self._show_state(client, record["state"], record.get("timestamp_ms"))
+                attempts = (self._progress.get("num_attempts") or 0) + (record["state"] == "running")
+                self._progress.store(state=record["state"], num_attempts=attempts)
 
     def _publish_model(self, client: MlflowClient, record: Record) -> None:
         weights = self._folder.path / record["path"]
@@ -101,7 +106,11 @@ class Publisher:
         try:
             model = self._load_model(self._folder.path, record)
             self._log_figures(client, partial(draw_filters, self._folder, model))
-            log_model(self._folder, client, self._uri, self._run_id, record, model)
+            model_id = log_model(self._folder, client, self._uri, self._run_id, record, model)
+            tie_to_metrics(self._folder, client, self._run_id, record, model_id)
+            self.counts["models"] += 1
+            if record.get("register"):
+                logger.info("%s", register(self._folder, client, self._run_id, record, model_id))
         except (MlflowException, OSError):
             raise  # the server; tried again
         except Exception as error:
@@ -109,38 +118,29 @@ class Publisher:
 
     @property
     def _run_id(self) -> str:
-        return str(self._progress["mlflow_run_id"])
+        return str(self._progress.get("mlflow_run_id"))
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
             client = open_store(self._uri)
-            if "mlflow_run_id" in self._progress and not run_exists(client, self._run_id):
+            if self._progress.get("mlflow_run_id") and not run_exists(client, self._run_id):
                 logger.warning(
                     "run %s is not in %s any more: publishing all again", self._run_id, without_credentials(self._uri)
                 )
-                self._progress = {"offset": 0}
-            if "mlflow_run_id" not in self._progress:
-                self._find_or_create_run(client)
+                self._progress.forget()
+            if not self._progress.get("mlflow_run_id"):
+                record = next(record for record, _ in iterate(self._folder.journal) if record["kind"] == "run")
+                run_id, experiment_id = find_or_create_run(client, self._uri, record)
+                self._progress.store(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
+                self._folder.update_status(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
             self._client = client
         return self._client
-
-    def _find_or_create_run(self, client: MlflowClient) -> None:
-        run = next(record for record in read_journal(self._folder.journal)[0] if record["kind"] == "run")
-        experiment_id = find_or_create_experiment(client, self._uri, run["experiment"])
-        found = client.search_runs([experiment_id], f"tags.`{RUN_ID_TAG}` = '{run['run_id']}'", max_results=1)
-        if found:
-            run_id = found[0].info.run_id
-        else:
-            tags = {RUN_ID_TAG: run["run_id"], "mlflow.source.name": "convoy", "mlflow.source.type": "LOCAL"}
-            start = run.get("timestamp_ms")  # of the training, however late it is published
-            run_id = client.create_run(experiment_id, start, tags, run["name"]).info.run_id
-        self._store_progress(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
-        self._folder.update_status(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
 
     def _log_metrics(self, client: MlflowClient, metrics: list[Metric]) -> None:
         """One point that the server refuses would take its whole batch along, so halves are tried apart."""
         try:
             client.log_batch(self._run_id, metrics=metrics)
+            self.counts["points"] += len(metrics)
         except MlflowException as error:
             if not is_refusal(error):
                 raise
@@ -152,9 +152,18 @@ class Publisher:
 
     def _log_params(self, client: MlflowClient, values: dict[str, Any]) -> None:
         params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in values.items()]
-        for chunk in _chunks(params, PARAMS_PER_REQUEST):
-            client.log_batch(self._run_id, params=chunk)
-        client.log_artifact(self._run_id, str(self._folder.config))
+        for begin in range(0, len(params), PARAMS_PER_REQUEST):
+            client.log_batch(self._run_id, params=params[begin : begin + PARAMS_PER_REQUEST])
+        self.counts["params"] += len(params)
+        self._log_artifact(client, self._folder.config, "")
+
+    def _log_tags(self, client: MlflowClient, values: dict[str, Any]) -> None:
+        client.log_batch(self._run_id, tags=[RunTag(key, str(value)[:TAG_LENGTH]) for key, value in values.items()])
+        self.counts["tags"] += len(values)
+
+    def _log_artifact(self, client: MlflowClient, path: Path, place: str) -> None:
+        client.log_artifact(self._run_id, str(path), place or None)
+        self.counts["files"] += 1
 
     def _log_figures(self, client: MlflowClient, draw: Callable[[], list[Path]]) -> None:
         """A figure that cannot be drawn must not keep what stands behind it in the journal from being published."""
@@ -164,41 +173,61 @@ class Publisher:
             logger.warning("a figure cannot be drawn: %s: %s", type(error).__name__, error)
             return
         for figure in figures:
-            client.log_artifact(self._run_id, str(figure), "figures")
+            self._log_artifact(client, figure, "figures")
+
+    def _log_predictions(self, client: MlflowClient, record: Record) -> None:
+        """As a slide of the predictions, once: MLflow gives each upload a name of its own."""
+        names = [Path(file.path).name for file in client.list_artifacts(self._run_id, "images")]
+        # of its two files the last; MLflow separates with + or, in earlier versions, %
+        if any(re.fullmatch(rf"predictions[+%]step[+%]{record['step']}[+%].*\.webp", name) for name in names):
+            return
+        try:
+            image = Image.open(draw_samples(self._folder, record)).convert("RGB")
+        except Exception as error:
+            logger.warning("a figure cannot be drawn: %s: %s", type(error).__name__, error)
+            return
+        client.log_image(self._run_id, image, key="predictions", step=record["step"])
+        self.counts["files"] += 1
 
     def _log_file(self, client: MlflowClient, path: str) -> None:
         file = self._folder.path / path
         if not file.is_file():
             logger.warning("%s is gone: not logged", path)
             return
-        client.log_artifact(self._run_id, str(file), str(Path(path).parent))
+        self._log_artifact(client, file, str(Path(path).parent))
 
-    def _show_state(self, client: MlflowClient, state: str, end_time: int | None = None) -> None:
+    def _show_state(self, client: MlflowClient, state: str, end_time: int | None) -> None:
         if state == "running":
             client.update_run(self._run_id, status=MLFLOW_STATUS[state])
         else:
             self._log_figures(client, partial(draw_history, self._folder))
             client.set_terminated(self._run_id, MLFLOW_STATUS[state], end_time)
+        description = describe_run((record for record, _ in iterate(self._folder.journal)), str(self._folder.path))
+        client.set_tag(self._run_id, "mlflow.note.content", without_credentials(description)[:TAG_LENGTH])
+        self._progress.store(shown=state)
 
-    def _read_progress(self) -> Record:
-        try:
-            known: Record = json.loads(self._progress_path.read_bytes())
-        except (FileNotFoundError, ValueError):  # made again by publishing from the start
-            known = {}
-        progress: Record = known.get(without_credentials(self._uri), {"offset": 0})
-        return progress
+    def _show_death(self, client: MlflowClient) -> None:
+        """Of a training that could not say its last word; it ended when it recorded its last."""
+        times = [record["timestamp_ms"] for record, _ in iterate(self._folder.journal) if "timestamp_ms" in record]
+        number = self._progress.get("num_attempts") or 1
+        client.set_tag(self._run_id, f"attempt.{number}.end", KILLED)
+        self._show_state(client, "failed", max(times, default=None))
+        self._folder.update_status(state="failed")
 
-    def _store_progress(self, **changes: Any) -> None:
-        """One entry per store, so that a run can be published to several."""
-        self._progress |= changes
-        try:
-            known = json.loads(self._progress_path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            known = {}
-        known[without_credentials(self._uri)] = self._progress
-        temporary = self._progress_path.with_name(".writing-published.json")
-        temporary.write_text(json.dumps(known, indent=1) + "\n")
-        temporary.replace(self._progress_path)
+
+def batches(entries: Iterable[tuple[Record, int]]) -> Iterator[tuple[list[Record], int]]:
+    """What goes to the server in one piece, each with the offset behind it: metrics together, all else by itself."""
+    batch: list[Record] = []
+    end = 0
+    for record, offset in entries:
+        joins = batch and record["kind"] == batch[0]["kind"] == "metric" and len(batch) < METRICS_PER_REQUEST
+        if batch and not joins:
+            yield batch, end
+            batch = []
+        batch.append(record)
+        end = offset
+    if batch:
+        yield batch, end
 
 
 def follow(
@@ -236,53 +265,6 @@ def follow(
         time.sleep(pause)
 
 
-def open_store(uri: str) -> MlflowClient:
-    """A client whose store exists. Processes that create one SQLite file at once would destroy it, hence the lock."""
-    database = sqlite_path(uri)
-    if database is None:
-        return MlflowClient(tracking_uri=uri)
-    with locked(database.with_name(database.name + ".lock")):
-        return MlflowClient(tracking_uri=uri)  # creates the tables
-
-
-def run_exists(client: MlflowClient, run_id: str) -> bool:
-    """Raises RuntimeError for a run in MLflow's bin, which takes no records."""
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.get_http_status_code() == 404:
-            return False
-        raise
-    if run.info.lifecycle_stage != "active":
-        raise RuntimeError(f"run {run_id} was deleted; to have it back: mlflow runs restore --run-id {run_id}")
-    return True
-
-
-def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """An SQLite store gets its artifacts beside it, wherever a server is started from; a server has its own place."""
-    database = sqlite_path(uri)
-    location = None if database is None else (database.parent / "mlartifacts").as_uri()
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=location))
-        except MlflowException:  # another run created it in the meantime; or it cannot be, which the next line shows
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    return str(experiment.experiment_id)
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """The file of a `sqlite:///` URI, absolute."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
-
-
-def is_refusal(error: MlflowException) -> bool:
-    """Whether the server understood and said no, so that asking again will not help."""
-    return error.get_http_status_code() in (400, 413, 422)
-
-
 def _point(record: Record) -> tuple[str, float, int, int]:
     return record["key"], record["value"], record["timestamp_ms"], record["step"]
 
@@ -290,9 +272,3 @@ def _point(record: Record) -> tuple[str, float, int, int]:
 def _dataset(record: Record) -> Dataset:
     profile = json.dumps({"num_train": record["num_train"], "num_eval": record["num_eval"]})
     return Dataset(record["name"], record["digest"], "local", json.dumps({"uri": record["source"]}), None, profile)
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

@@ -226,6 +226,6 @@ def test_sgd_and_adadelta_are_set_as_convoy_sets_them() -> None:
         network = training.build_network()
         torchs = training.build_torch_optimizer(network)
         convoys = training.build_convoy_optimizer(network, torch.device("cpu"))
-        assert type(torchs) is type(convoys)
+        assert isinstance(convoys, type(torchs))
         for key in ("lr", "momentum", "weight_decay", "rho", "eps"):
             assert torchs.defaults.get(key) == convoys.defaults.get(key), key

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def runs(*accuracies: float) -> list[SeedRun]:
-    return [SeedRun(seed, accuracy, 2.0 + seed, 10.0 + seed) for seed, accuracy in enumerate(accuracies)]
+    return [SeedRun(seed, accuracy, 2.0 + seed, 10.0 + seed, 0.0) for seed, accuracy in enumerate(accuracies)]
 
 
 def journal_records(
@@ -39,8 +39,8 @@ def journal_records(
 
 def test_seconds_are_those_of_all_epochs_and_accuracy_is_that_of_the_last(tmp_path: Path) -> None:
     records = journal_records(tmp_path / "journal.jsonl", [3.0, 2.0, 2.5], [0.97, 0.993, 0.991], epochs=3)
-    run = time_to_accuracy.read_run(records, seed=4, wall_seconds=11.0)
-    assert run == SeedRun(seed=4, accuracy=0.991, training_seconds=7.5, wall_seconds=11.0)
+    run = time_to_accuracy.read_run(records, seed=4, wall_seconds=11.0, cpu_by_others=0.1)
+    assert run == SeedRun(seed=4, accuracy=0.991, training_seconds=7.5, wall_seconds=11.0, cpu_by_others=0.1)
 
 
 @pytest.mark.parametrize(("epoch_seconds", "accuracies"), [([3.0], [0.97, 0.99]), ([3.0, 2.0], [0.97]), ([], [])])
@@ -49,7 +49,7 @@ def test_a_training_that_is_not_whole_is_no_result(
 ) -> None:
     records = journal_records(tmp_path / "journal.jsonl", epoch_seconds, accuracies, epochs=2)
     with pytest.raises(BenchmarkError, match="seed 0: of 2 epochs"):
-        time_to_accuracy.read_run(records, seed=0, wall_seconds=1.0)
+        time_to_accuracy.read_run(records, seed=0, wall_seconds=1.0, cpu_by_others=0.0)
 
 
 def test_a_summary_has_the_standard_deviation_of_a_sample() -> None:
@@ -76,12 +76,12 @@ def test_the_table_has_a_row_for_each_seed_and_for_what_they_amount_to() -> None
     lines = time_to_accuracy.table(runs(0.99, 0.992)).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert cells[2:] == [
-        ["0", "99.000%", "2.000", "10.0"],
-        ["1", "99.200%", "3.000", "11.0"],
-        ["mean", "99.100%", "2.500", "10.5"],
-        ["standard deviation", "0.141%", "0.707", "0.7"],
-        ["lowest", "99.000%", "2.000", "10.0"],
-        ["highest", "99.200%", "3.000", "11.0"],
+        ["0", "99.000%", "2.000", "10.0", "0%"],
+        ["1", "99.200%", "3.000", "11.0", "0%"],
+        ["mean", "99.100%", "2.500", "10.5", "0%"],
+        ["standard deviation", "0.141%", "0.707", "0.7", "0%"],
+        ["lowest", "99.000%", "2.000", "10.0", "0%"],
+        ["highest", "99.200%", "3.000", "11.0", "0%"],
     ]
 
 
@@ -130,7 +130,7 @@ def test_the_exit_code_and_the_stored_result_say_whether_the_target_is_reached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str, exit_code: int
 ) -> None:
     monkeypatch.setattr(
-        time_to_accuracy, "train_seed", lambda options, seed: SeedRun(seed, 0.98 + seed / 100, 2.0, 9.0)
+        time_to_accuracy, "train_seed", lambda options, seed: SeedRun(seed, 0.98 + seed / 100, 2.0, 9.0, 0.0)
     )
     out = tmp_path / "results" / "time"
     assert time_to_accuracy.main(["--seeds", "2", "--target", target, "--out", str(out)]) == exit_code

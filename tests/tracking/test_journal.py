@@ -192,6 +192,31 @@ def test_a_value_that_is_not_finite_is_recorded_as_such(path: Path, value: float
     assert points_of(path) == [("train/loss_nonfinite", 3, 1.0), ("train/accuracy", 3, 0.5)]
 
 
+def test_values_that_are_not_finite_are_counted_over_a_resume_too(path: Path) -> None:
+    for step in (1, 2):
+        journal = Journal(path)
+        journal.metrics({"train/loss": math.nan}, 2 * step)
+        journal.metrics({"train/loss": math.inf}, 2 * step + 1)
+        journal.close()
+    assert points_of(path) == [("train/loss_nonfinite", step, step - 1.0) for step in (2, 3, 4, 5)]
+
+
+def test_credentials_in_tags_and_params_are_not_written(path: Path) -> None:
+    journal = Journal(path)
+    journal.append("tags", values={"remote": "https://alice:hunter2@host/repository"})
+    journal.append("params", values={"command": "run --token=hunter2", "lr": 0.5})
+    journal.close()
+    assert b"hunter2" not in path.read_bytes()
+    assert records_of(path)[1]["values"] == {"command": "run --token=***", "lr": 0.5}
+
+
+def test_a_record_of_a_later_version_is_not_guessed_at(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text('{"v":2,"kind":"metric"}\n')
+    with pytest.raises(ValueError, match="a record of version 2, and this program knows 1"):
+        read_journal(path)
+
+
 def test_a_record_with_a_value_that_is_not_finite_is_refused_before_it_is_written(path: Path) -> None:
     journal = Journal(path)
     with pytest.raises(ValueError, match="JSON compliant"):
@@ -273,7 +298,7 @@ def text_of(number: int) -> str:
 def append_many(path: Path) -> None:
     journal = Journal(path)
     for number in range(NUM_RECORDS):
-        journal.append("tags", number=number, text=text_of(number))
+        journal.append("note", number=number, text=text_of(number))
 
 
 def test_a_reader_beside_a_writer_never_sees_a_broken_record(path: Path) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from mlflow import MlflowClient
 
 from pipeline.commands.publish import publish
 from pipeline.run_folder import RunFolder
-from pipeline.tracking.journal import Journal
-from pipeline.tracking.publisher import Publisher, follow, open_store
+from pipeline.tracking.journal import KILLED, Journal
+from pipeline.tracking.publisher import Publisher, follow
+from pipeline.tracking.store import open_store
 from tests.servers import free_port, mlflow_server
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,10 @@ def journal(folder: RunFolder) -> Iterator[Journal]:
     journal.close()
 
 
+def published(folder: RunFolder, uri: str, is_parent_alive: Callable[[], bool], after_death: float = 30.0) -> bool:
+    return publish(folder, uri, is_parent_alive, after_death)[0]
+
+
 def no_model(path: Path, record: dict[str, Any]) -> Any:
     raise AssertionError("there is no model in this journal")
 
@@ -91,11 +96,11 @@ def test_publishing_everything_again_changes_nothing(store: str, folder: RunFold
     for step in range(2500):
         journal.metrics({"train/loss": step / 2500}, step)
     journal.append("status", state="finished")
-    assert publish(folder, store, lambda: False)
+    assert published(folder, store, lambda: False)
     once = (the_run(store).info.run_id, history(store, "train/loss"))
     assert len(once[1]) == 2500
     (folder.path / "published.json").unlink()
-    assert publish(folder, store, lambda: False)
+    assert published(folder, store, lambda: False)
     assert (the_run(store).info.run_id, history(store, "train/loss")) == once
     assert the_run(store).info.status == "FINISHED"
     assert the_run(store).data.params["optim.lr"] == "0.5"
@@ -116,14 +121,14 @@ def test_the_status_is_that_of_the_training(
 ) -> None:
     for state in states:
         journal.append("status", state=state)
-    assert publish(folder, store, lambda: False)
+    assert published(folder, store, lambda: False)
     assert the_run(store).info.status == status
     assert json.loads((folder.path / "status.json").read_text())["mlflow_run_id"] == the_run(store).info.run_id
 
 
 def test_a_resumed_run_is_reopened(store: str, folder: RunFolder, journal: Journal) -> None:
     journal.append("status", state="preempted")
-    assert publish(folder, store, lambda: False)
+    assert published(folder, store, lambda: False)
     journal.append("status", state="running")
     Publisher(folder, store, no_model).drain(training_alive=True)
     assert the_run(store).info.status == "RUNNING"
@@ -138,7 +143,7 @@ def test_a_point_the_server_refuses_is_named_and_takes_no_other_along(
     # written past the journal's own cleaning of names
     journal.append("metric", key="not=allowed", value=1.0, step=3, timestamp_ms=1)
     journal.append("status", state="finished")
-    assert publish(folder, store, lambda: False)
+    assert published(folder, store, lambda: False)
     assert len(history(store, "train/loss")) == 20
     assert "refuses not=allowed at step 3" in caplog.text
 
@@ -149,17 +154,15 @@ def test_a_store_that_cannot_be_reached_costs_one_line_and_nothing_is_lost(
     logging.getLogger("convoy").propagate = True
     journal.metrics({"train/loss": 1.0}, 1)
     journal.append("status", state="finished")
-    assert not publish(folder, f"http://127.0.0.1:{free_port()}", lambda: False, after_death=3.0)
+    assert not published(folder, f"http://127.0.0.1:{free_port()}", lambda: False, after_death=3.0)
     assert caplog.text.count("does not work now") == 1
-    assert publish(folder, store, lambda: False)
+    assert published(folder, store, lambda: False)
     assert history(store, "train/loss") == [(1, 1.0)]
 
 
 def test_a_store_made_by_three_processes_at_once_is_sound(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    code = (
-        "import sys; from pipeline.tracking.publisher import open_store; open_store(sys.argv[1]).search_experiments()"
-    )
+    code = "import sys; from pipeline.tracking.store import open_store; open_store(sys.argv[1]).search_experiments()"
     processes = [subprocess.Popen([sys.executable, "-c", code, uri], cwd=ROOT) for _ in range(3)]
     assert [process.wait(120) for process in processes] == [0, 0, 0]
     assert [experiment.name for experiment in open_store(uri).search_experiments()] == ["Default"]
@@ -170,9 +173,9 @@ def test_a_run_that_vanished_from_the_store_is_published_again(
 ) -> None:
     journal.metrics({"train/loss": 1.0}, 1)
     journal.append("status", state="finished")
-    assert publish(folder, store, lambda: False)
+    assert published(folder, store, lambda: False)
     shutil.copy(migrated, tmp_path / "mlflow.db")
-    assert publish(folder, store, lambda: False)
+    assert published(folder, store, lambda: False)
     assert history(store, "train/loss") == [(1, 1.0)]
     assert the_run(store).info.status == "FINISHED"
 
@@ -186,10 +189,10 @@ def test_a_run_in_mlflows_bin_is_named_and_nothing_is_passed_over(
     MlflowClient(tracking_uri=store).delete_run(run_id)
     journal.metrics({"train/loss": 1.0}, 1)
     journal.append("status", state="finished")
-    assert not publish(folder, store, lambda: False, after_death=1.0)
+    assert not published(folder, store, lambda: False, after_death=1.0)
     assert f"mlflow runs restore --run-id {run_id}" in caplog.text
     MlflowClient(tracking_uri=store).restore_run(run_id)
-    assert publish(folder, store, lambda: False)
+    assert published(folder, store, lambda: False)
     assert history(store, "train/loss") == [(1, 1.0)]
 
 
@@ -199,14 +202,75 @@ def test_what_cannot_be_drawn_or_packaged_holds_up_nothing(
     logging.getLogger("convoy").propagate = True
     (folder.path / "weights.pt").write_bytes(b"weights")
     journal.append("evaluation", path="nowhere.npz", step=1, class_names=["a"], accuracy=1.0, count=1)
-    journal.append("model", path="weights.pt", sha256=hashlib.sha256(b"weights").hexdigest(), name="none")
+    journal.append("model", path="weights.pt", sha256=hashlib.sha256(b"weights").hexdigest(), name="none", step=1)
     journal.metrics({"train/loss": 1.0}, 1)
     journal.append("status", state="finished")
-    assert publish(folder, store, lambda: False)
+    assert published(folder, store, lambda: False)
     assert "a figure cannot be drawn" in caplog.text
     assert "the model cannot be logged" in caplog.text
     assert history(store, "train/loss") == [(1, 1.0)]
     assert the_run(store).info.status == "FINISHED"
+
+
+def test_what_was_acknowledged_before_an_outage_is_not_sent_again(
+    store: str, folder: RunFolder, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The offset is stored behind each batch, not behind all."""
+    for step in range(2500):
+        journal.metrics({"train/loss": step}, step)
+    sent: list[int] = []
+    log_batch = MlflowClient.log_batch
+
+    def fail_at_the_third(client: MlflowClient, run_id: str, metrics: Any = (), **others: Any) -> None:
+        if metrics:
+            if len(sent) == 2:
+                raise ConnectionError("away")
+            sent.append(len(metrics))
+        log_batch(client, run_id, metrics=metrics, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", fail_at_the_third)
+        with pytest.raises(ConnectionError):
+            Publisher(folder, store, no_model).drain(training_alive=True)
+    assert sent == [1000, 1000]
+    again = Publisher(folder, store, no_model)
+    again.drain(training_alive=True)
+    assert again.counts["points"] == 500
+    assert len(history(store, "train/loss")) == 2500
+
+
+def test_samples_of_every_node_are_published_too(store: str, folder: RunFolder, journal: Journal) -> None:
+    for host in ("node-1", "node-2"):
+        samples = Journal(folder.path / "system" / f"{host}.jsonl")
+        samples.metrics({f"system/{host}/cpu": 50.0}, 0)
+        samples.close()
+    publisher = Publisher(folder, store, no_model)
+    publisher.drain(training_alive=True)
+    publisher.drain(training_alive=True)
+    assert publisher.counts["points"] == 2
+    assert [history(store, f"system/{host}/cpu") for host in ("node-1", "node-2")] == [[(0, 50.0)], [(0, 50.0)]]
+
+
+def test_the_end_of_a_training_that_was_killed_is_when_it_recorded_its_last(
+    store: str, folder: RunFolder, journal: Journal
+) -> None:
+    journal.metrics({"train/loss": 1.0}, 1)
+    last = json.loads(folder.journal.read_text().splitlines()[-1])["timestamp_ms"]
+    time.sleep(0.05)
+    assert published(folder, store, lambda: False)
+    run = the_run(store)
+    assert (run.info.status, run.info.end_time) == ("FAILED", last)
+    assert run.data.tags["attempt.1.end"] == KILLED
+
+
+def test_the_run_says_what_it_is_above_its_metrics(store: str, folder: RunFolder, journal: Journal) -> None:
+    journal.append("params", values={"model.name": "convnet", "optim.lr": 0.5, "steps_per_epoch": 10})
+    journal.metrics({"eval/accuracy": 0.9876, "eval/loss": 0.05}, 10)
+    journal.status("finished")
+    assert published(folder, store, lambda: False)
+    note = the_run(store).data.tags["mlflow.note.content"]
+    assert "**finished**: accuracy 98.76%, loss 0.05 at step 10" in note
+    assert "name `convnet`, lr `0.5`" in note
 
 
 def test_a_publisher_left_behind_does_not_end_the_run_of_the_next_attempt(
@@ -280,5 +344,5 @@ def test_the_publisher_gives_up_a_silent_server_soon_after_the_training_is_gone(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         started = time.monotonic()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        assert not publish(folder, uri, lambda: False, after_death=2.0)
+        assert not published(folder, uri, lambda: False, after_death=2.0)
         assert time.monotonic() - started < 30

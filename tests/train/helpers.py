@@ -16,6 +16,7 @@ from pipeline.distributed import Rank
 from pipeline.preemption import StopRequest
 from pipeline.timing import StartupTimer
 from train.build import build_data, build_trainer
+from train.evaluation import Evaluator
 from train.trainer import Trainer
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
@@ -35,6 +36,9 @@ class Recorder:
         self.states.append(state)
 
     def save_best(self, model: Mapping[str, Any]) -> None:
+        pass
+
+    def predictions(self, evaluator: Evaluator, step: int) -> None:
         pass
 
     def save_trace(self, write: Callable[[str], object]) -> None:

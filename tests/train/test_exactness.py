@@ -6,10 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from pipeline.communication import replicate
+from pipeline.config import OptimConfig
 from pipeline.data.loading import ResidentLoader
 from pipeline.distributed import Rank
+from pipeline.optim import build_optimizer
 from tests.ranks import run_ranks
 from tests.train.helpers import config_of, flat_weights, losses, make_trainer
 from train.static_step import StaticStep
@@ -109,6 +113,30 @@ def _trained_both_ways(rank: Rank) -> tuple[torch.Tensor, torch.Tensor]:
             _fix_shapes(trainer, 16)
         trainer.train_epoch()
         results.append(flat_weights(trainer))
+    return results[0], results[1]
+
+
+def test_a_short_batch_of_a_network_with_batch_statistics_is_not_padded() -> None:
+    for fixed, eager in run_ranks(2, _trained_with_batch_statistics):
+        torch.testing.assert_close(fixed, eager, rtol=1e-10, atol=1e-12)
+
+
+def _trained_with_batch_statistics(rank: Rank) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and statistics after two steps of 16 samples and one of 7."""
+    results = []
+    for fixed in (True, False):
+        trainer, _ = make_trainer(rank, config_of("train.precision=fp64", "data.global_batch_size=16"), 39)
+        assert isinstance(trainer.step, EagerStep)
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(1, 3, 5), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 24 * 24, 10), nn.LogSoftmax(1))
+        network = nn.Sequential(*layers).double()
+        replicas = replicate(network, rank, trainer.timer, torch.zeros(1, 1, 28, 28), timeout=60)
+        optimizer = build_optimizer(OptimConfig(name="sgd"), network.parameters())
+        parts = replace(trainer.step._parts, replicas=replicas, optimizer=optimizer)
+        step = StaticStep(parts, 8) if fixed else EagerStep(parts)
+        for index, batch in enumerate(trainer.train_loader):
+            step(batch, lr=0.1, global_step=index)
+        results.append(torch.cat([value.double().flatten() for value in network.state_dict().values()]))
     return results[0], results[1]
 
 

@@ -1,4 +1,4 @@
-"""How gradients meet: through shared memory among CPU ranks of one node, else by the process group."""
+"""Gradients averaged in shared memory, among CPU ranks of one node."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import GradBucket  # type: ignore[attr-defined]
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.distributed import Rank
 from pipeline.timing import PhaseTimer
@@ -24,20 +18,6 @@ from pipeline.timing import PhaseTimer
 SHARED_MEMORY = Path("/dev/shm")
 ALIGNMENT = 64
 """In bytes: what belongs to a rank begins in a cache line of its own."""
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """A network that has the same weights on every rank, and is trained by the mean of their gradients."""
-
-    model: nn.Module
-    """What a batch goes through."""
-    average: Callable[[], None] = lambda: None
-    """Collective: every rank must call, behind the last `backward()` of a step. Then the gradients are the means."""
-    no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Around forward and backward of those before, whose gradients are only added up."""
-    gradients: str = "of one rank"
-    """How they are averaged, for the record."""
 
 
 class NodeAverage:
@@ -172,7 +152,13 @@ def open_node_average(rank: Rank, network: nn.Module, timer: PhaseTimer, timeout
     if len({parameter.dtype for parameter in parameters}) != 1:
         return None
     size = (rank.world_size + 1) * num_bytes(parameters) + num_bytes(network.buffers())
-    listener = socket.socket(socket.AF_UNIX)
+    with socket.socket(socket.AF_UNIX) as listener:
+        return _open(listener, rank, network, timer, size, timeout)
+
+
+def _open(
+    listener: socket.socket, rank: Rank, network: nn.Module, timer: PhaseTimer, size: int, timeout: float
+) -> NodeAverage | None:
     folder = rank.from_main(lambda: _offer(listener, size))
     if folder is None:
         return None
@@ -184,7 +170,6 @@ def open_node_average(rank: Rank, network: nn.Module, timer: PhaseTimer, timeout
         peers = _accept_all(listener, rank, timeout) if rank.is_main else _connect(folder / "meet", timeout, rank)
         rank.any(False)  # all have opened it: nothing needs a name any more
     finally:
-        listener.close()
         if rank.is_main:
             shutil.rmtree(folder)
     return NodeAverage(rank, network, timer, shared, peers)
@@ -234,108 +219,3 @@ def _connect(address: Path, timeout: float, rank: Rank) -> dict[int, socket.sock
     peer.connect(str(address))
     peer.sendall(rank.rank.to_bytes(4, "little"))
     return {0: peer}
-
-
-def replicate(
-    network: nn.Module,
-    rank: Rank,
-    timer: PhaseTimer,
-    images: Tensor,
-    *,
-    timeout: float,
-    accumulate: int = 1,
-    compress: bool = False,
-    capture_stream: torch.cuda.Stream | None = None,
-) -> Replicas:
-    """Collective: every rank must call. Give all ranks the weights of rank 0, and choose by rule how gradients meet.
-
-    Between CPU ranks of one node, through memory that they share; else by DistributedDataParallel, which hides the
-    communication behind the backward pass. `images` is a batch to try DDP with, `compress` sends gradients as bfloat16
-    (NCCL only). With `capture_stream` a step can be captured there in a CUDA graph. `timer` gets a lap at the end of
-    the backward pass's own work: what comes behind is communication that nothing hides.
-    """
-    if rank.backend == "none":
-        return Replicas(network)
-    node = open_node_average(rank, network, timer, timeout)
-    if node is not None:
-        network.load_state_dict(rank.from_main(network.state_dict))
-        return Replicas(network, node.average, gradients="shared memory")
-    model, gradients = _wrap(network, rank, timer, images, accumulate, compress, capture_stream)
-    return Replicas(model, no_sync=model.no_sync, gradients=gradients)
-
-
-def _wrap(
-    network: nn.Module,
-    rank: Rank,
-    timer: PhaseTimer,
-    images: Tensor,
-    accumulate: int,
-    compress: bool,
-    capture_stream: torch.cuda.Stream | None,
-) -> tuple[DistributedDataParallel, str]:
-    """DDP puts all gradients into one bucket for its first step, and regroups them by the order in which they became
-    ready for all others. From three ranks on, the place in a bucket decides the order of summation, and so the last
-    bits: a resumed training would differ in its first step. Two passes for nothing, on `images`, get that over.
-
-    To be captured on a stream, all of DDP has to be made there.
-    """
-    with joined(capture_stream):
-        model = DistributedDataParallel(
-            network,
-            device_ids=[rank.device] if rank.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            static_graph=accumulate == 1,  # with no_sync it dies in an assertion
-        )
-        gradients = _choose_hook(model, rank, timer, compress=compress, timed=capture_stream is None)
-        model.eval()  # batch statistics stay as they are
-        for _ in range(2):  # the regrouping is done when the second begins
-            model(images).sum().backward()
-            model.zero_grad(set_to_none=True)
-        model.train()  # type: ignore[no-untyped-call]
-    return model, gradients
-
-
-def new_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def joined(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work inside is queued on `stream`, behind what was queued before and before what comes after; None: as it is."""
-    if stream is None:
-        yield
-        return
-    current = torch.cuda.current_stream(stream.device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
-
-
-def _choose_hook(model: DistributedDataParallel, rank: Rank, timer: PhaseTimer, *, compress: bool, timed: bool) -> str:
-    """How DDP averages gradients, by its name; with a lap of `timer` at the last bucket if `timed`."""
-    average = _average_as_bfloat16 if compress else _average_by_process_group
-
-    # without annotations: DDP compares them with classes, which postponed ones are not
-    def hook(state, bucket):  # type: ignore[no-untyped-def]
-        if bucket.is_last() and timed:
-            timer.lap("backward")
-        return average(state, bucket)
-
-    if timed or compress:  # without a hook DDP does the other by itself
-        model.register_comm_hook(None, hook)
-    return f"{rank.backend}, as bfloat16" if compress else rank.backend
-
-
-def _average_by_process_group(_: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    mine = bucket.buffer().div_(dist.get_world_size())
-    return dist.all_reduce(mine, async_op=True).get_future().then(lambda future: future.value()[0])
-
-
-def _average_as_bfloat16(_: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    # Imported here because it brings all of torch's hooks, which other runs need not wait for.
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-    group = dist.group.WORLD
-    assert group is not None
-    return bf16_compress_hook(group, bucket)

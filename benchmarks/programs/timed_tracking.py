@@ -1,0 +1,108 @@
+"""Convoy's training with every call timed that records something, beside the time of its whole loop.
+
+torchrun --nproc_per_node=2 -m benchmarks.programs.timed_tracking train.log_every=1 [key=value ...]
+
+Takes what train/main.py takes. All epochs count, from the first step on, but nothing outside the loop over the batches.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.harness import ROOT, print_result
+from pipeline.distributed import Launch, start_logging, start_rank
+from pipeline.preemption import StopRequest
+from pipeline.timing import StartupTimer
+from train import build
+from train.main import read_config
+from train.output import FolderOutput
+from train.session import open_session
+from train.trainer import Trainer
+
+METHODS = ("metrics", "append", "append_all", "status", "sync")
+"""Of the journal: everything a training does with it."""
+
+
+class CallLog:
+    """Seconds of each call, by label; a call inside another belongs to that one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.loop_seconds = 0.0
+        self._is_running = False
+        self._is_inside = False
+
+    def time_loop(self, owner: object, name: str) -> None:
+        """Only within calls of this method anything counts."""
+        function = getattr(owner, name)
+
+        def timed(*arguments: Any) -> Any:
+            self._is_running, started = True, time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                self.loop_seconds += time.perf_counter() - started
+                self._is_running = False
+
+        setattr(owner, name, timed)
+
+    def time_calls(self, owner: object, name: str) -> None:
+        function: Callable[..., Any] = getattr(owner, name)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            if self._is_inside or not self._is_running:
+                return function(*arguments, **named)
+            self._is_inside, started = True, time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.seconds[name].append(time.perf_counter() - started)
+                self._is_inside = False
+
+        setattr(owner, name, timed)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        return {
+            name: {"calls": len(seconds), "seconds": sum(seconds), "longest_seconds": max(seconds)}
+            for name, seconds in self.seconds.items()
+        }
+
+
+def main() -> None:
+    launch = Launch.from_environment(os.environ)
+    start_logging(launch.rank)
+    command, config = read_config(None, launch)
+    settings, log = config.train, CallLog()
+    with start_rank(
+        launch,
+        device=settings.device,
+        backend=settings.backend,
+        threads=settings.threads,
+        timeout=settings.hang_timeout,
+    ) as rank:
+        dataset = build.build_data(config, rank)
+        with open_session(config, command.config_path.stem, launch, rank, dataset, ROOT) as session:
+            trainer = build.build_trainer(
+                config, rank, dataset, session.output, StopRequest(), StartupTimer(), session.start.run_id
+            )
+            time_tracking(trainer, log)
+            session.end(trainer.fit(), trainer)
+    if launch.rank == 0:
+        steps = trainer.position.global_step
+        print_result({"loop_seconds": log.loop_seconds, "steps": steps, "calls": log.summary()})
+    session.close()
+
+
+def time_tracking(trainer: Trainer, log: CallLog) -> None:
+    log.time_loop(trainer, "train_epoch")
+    if isinstance(trainer.output, FolderOutput):  # of rank 0
+        for name in METHODS:
+            log.time_calls(trainer.output.journal, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""`report RUN_DIR ...`: one page that compares runs, made from their folders alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import uuid
+from datetime import datetime
+from pathlib import Path
+
+from pipeline.run_folder import RunError
+from pipeline.tracking.report.comparison import read_runs
+from pipeline.tracking.report.links import Store, find_stores
+
+HELP = "write one HTML page that compares runs, from their folders alone"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, nargs="+", help="run folders, e.g. runs/mnist runs/three")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """2 if a folder is no run folder, 1 if the page cannot be written; then nothing is."""
+    try:
+        runs = read_runs(arguments.run_dir)
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return 2
+    from pipeline.tracking.report.page import render  # imports jinja2, which the other commands need not wait for
+
+    stores = find_stores(runs)
+    page = render(runs, stores, at=datetime.now())
+    try:
+        _write(arguments.out, page)
+    except OSError as error:
+        print(f"{arguments.out} cannot be written: {error.strerror or error}; choose another --out", file=sys.stderr)
+        return 1
+    print(f"{arguments.out}: {len(runs)} run{'s' * (len(runs) > 1)}, {len(page.encode()) / 1e6:.1f} MB")
+    for store in stores:
+        print("\n".join(_describe(store)))
+    return 0
+
+
+def _write(path: Path, page: str) -> None:
+    """Beside `path`, then replace: a reader finds the old page or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _describe(store: Store) -> list[str]:
+    lines = [f"in MLflow at {store.uri}:"]
+    if store.server_command:
+        lines.append(f"  first start: {store.server_command}")
+    return lines + [f"  {title}: {address}" for title, address in store.pages]

@@ -1,0 +1,56 @@
+"""Random crops and flips of a whole batch at once, on the device, drawn from (seed, epoch, sample) alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.seeding import stream_seed
+
+LOW_BITS = 2**31 - 1
+
+
+class Augment:
+    """Crops at random from the image with `padding` black pixels around it, and mirrors half of the images.
+
+    What is drawn for a sample in an epoch depends on neither its batch nor its rank, so that the same images are seen
+    on any number of ranks and after any resume. Drawn by a hash and not by a generator: it needs no state to be
+    carried, and can be captured in a CUDA graph.
+    """
+
+    def __init__(self, seed: int, padding: int, flip: bool, device: torch.device):
+        self._seed = seed
+        self._padding = padding
+        self._flip = flip
+        self._key = torch.zeros((), dtype=torch.int64, device=device)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._key.fill_(stream_seed(self._seed, "augment", epoch) & LOW_BITS)
+
+    def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
+        """uint8 [N, C, H, W] and the places of these samples in the dataset, int64 [N] -> uint8 [N, C, H, W]."""
+        height, width = images.shape[-2:]
+        draws = scramble(indices * 4 + self._key)
+        offsets = 2 * self._padding + 1
+        rows = torch.arange(height, device=images.device) + (draws % offsets)[:, None]
+        columns = torch.arange(width, device=images.device).expand(len(images), -1)
+        if self._flip:
+            mirrored = (scramble(draws) & 1).bool()[:, None]
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        columns = columns + (draws // offsets % offsets)[:, None]
+        padded = F.pad(images, (self._padding,) * 4)
+        samples = torch.arange(len(images), device=images.device)[:, None, None]
+        # [N, H, W, C]: the three indices lie apart from the channels, which therefore come last
+        return padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def scramble(numbers: Tensor) -> Tensor:
+    """int64 -> int64 in 0..2^31-1 that look random, neighbours included: two rounds of multiply and shift.
+
+    The multipliers are those of Wellons' lowbias32 (nullprogram.com/blog/2018/07/31).
+    """
+    numbers = numbers & 0xFFFFFFFF
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        numbers = ((numbers ^ (numbers >> shift)) * factor) & 0xFFFFFFFF
+    return (numbers ^ (numbers >> 16)) & LOW_BITS

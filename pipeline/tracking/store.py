@@ -1,0 +1,71 @@
+"""MLflow's store as the publisher finds it: opened safely, with the experiment and the run that are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline.run_folder import locked
+
+RUN_ID_TAG = "convoy.run_id"
+
+
+def open_store(uri: str) -> MlflowClient:
+    """A client whose store exists. Processes that create one SQLite file at once would destroy it, hence the lock."""
+    database = sqlite_path(uri)
+    if database is None:
+        return MlflowClient(tracking_uri=uri)
+    with locked(database.with_name(database.name + ".lock")):
+        return MlflowClient(tracking_uri=uri)  # creates the tables
+
+
+def run_exists(client: MlflowClient, run_id: str) -> bool:
+    """Raises RuntimeError for a run in MLflow's bin, which takes no records."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.get_http_status_code() == 404:
+            return False
+        raise
+    if run.info.lifecycle_stage != "active":
+        raise RuntimeError(f"run {run_id} was deleted; to have it back: mlflow runs restore --run-id {run_id}")
+    return True
+
+
+def find_or_create_run(client: MlflowClient, uri: str, record: dict[str, Any]) -> tuple[str, str]:
+    """Ids of the MLflow run and experiment of a `run` record, found by our own id: creating is not idempotent."""
+    experiment_id = find_or_create_experiment(client, uri, record["experiment"])
+    found = client.search_runs([experiment_id], f"tags.`{RUN_ID_TAG}` = '{record['run_id']}'", max_results=1)
+    if found:
+        return found[0].info.run_id, experiment_id
+    tags = {RUN_ID_TAG: record["run_id"], "mlflow.source.name": "convoy", "mlflow.source.type": "LOCAL"}
+    start = record.get("timestamp_ms")  # of the training, however late it is published
+    return client.create_run(experiment_id, start, tags, record["name"]).info.run_id, experiment_id
+
+
+def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """An SQLite store gets its artifacts beside it, wherever a server is started from; a server has its own place."""
+    database = sqlite_path(uri)
+    location = None if database is None else (database.parent / "mlartifacts").as_uri()
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another run created it in the meantime; or it cannot be, which the next line shows
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    return str(experiment.experiment_id)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a `sqlite:///` URI, absolute."""
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def is_refusal(error: MlflowException) -> bool:
+    """Whether the server understood and said no, so that asking again will not help."""
+    return error.get_http_status_code() in (400, 413, 422)
