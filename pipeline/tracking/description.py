@@ -94,7 +94,7 @@ def _evaluation(story: Story, step: int) -> str:
 
 
 def _recipe(story: Story) -> str:
-    return ", ".join(f"{key.rpartition('.')[2]} `{story.params[key]}`" for key in RECIPE if key in story.params)
+    return ", ".join(f"{key} `{story.params[key]}`" for key in RECIPE if key in story.params)
 
 
 def _attempts(story: Story) -> str:

@@ -270,7 +270,7 @@ def test_the_run_says_what_it_is_above_its_metrics(store: str, folder: RunFolder
     assert published(folder, store, lambda: False)
     note = the_run(store).data.tags["mlflow.note.content"]
     assert "**finished**: accuracy 98.76%, loss 0.05 at step 10" in note
-    assert "name `convnet`, lr `0.5`" in note
+    assert "model.name `convnet`, optim.lr `0.5`" in note
 
 
 def test_a_publisher_left_behind_does_not_end_the_run_of_the_next_attempt(

@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -120,11 +121,20 @@ def test_without_a_journal_nothing_is_written_and_all_that_is_wrong_is_said(
 def test_a_page_that_cannot_be_written_leaves_the_old_one_and_no_trace(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """On a disk that is full, as a limit on the size of files plays it."""
     folder = record_run(tmp_path / "run")
-    (tmp_path / "taken").mkdir()
-    assert main(["report", str(folder.path), "--out", str(tmp_path / "taken")]) == 1
+    out = tmp_path / "report.html"
+    out.write_text("the old page")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        assert main(["report", str(folder.path), "--out", str(out)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "choose another --out" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "taken"]
+    assert out.read_text() == "the old page"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "run"]
+    assert main(["report", str(folder.path), "--out", str(folder.path)]) == 1  # a folder
 
 
 def test_an_empty_journal_and_one_run_alone_make_a_page_too(tmp_path: Path) -> None:
