@@ -158,7 +158,12 @@ def evaluate_each_epoch(epochs: int) -> list[Row]:
     """By the step behind which each evaluation stands, what the run itself measured."""
     with tempfile.TemporaryDirectory(prefix="convoy-growth-") as folder:
         data = ["data.dataset=synthetic", "data.synthetic_train_size=640", "data.synthetic_eval_size=2000"]
-        training = [f"train.epochs={epochs}", "data.global_batch_size=32", "tracking.enabled=false", "tracking.system_every=0"]
+        training = [
+            f"train.epochs={epochs}",
+            "data.global_batch_size=32",
+            "tracking.enabled=false",
+            "tracking.system_every=0",
+        ]
         command = [sys.executable, "train/main.py", *data, *training, f"run.dir={folder}", "run.name=growth"]
         run_command(command, environment=clean_environment(os.environ), timeout=TIMEOUT)
         records, _ = read_journal(Path(folder) / "growth" / "journal.jsonl")

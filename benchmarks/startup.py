@@ -215,7 +215,7 @@ def report_startup(options: Options, runs: Mapping[tuple[str, int], Sequence[Run
 def startup_row(
     name: str, ranks: int, runs: Mapping[tuple[str, int], Sequence[Run]], phases: Iterable[str]
 ) -> list[str]:
-    own, script = runs[name, ranks], runs[SCRIPT, ranks]
+    own = runs[name, ranks]
     totals = [Spread.of([run[key] for run in own]).format(".2f") for key in ("command", "process")]
     split = [f"{Spread.of([run[phase] for run in own]).median:.2f}" if name == "convoy" else "" for phase in phases]
     ratio = Spread.of(startup_ratios(runs, ranks)).format(".2f") if name == "convoy" else ""

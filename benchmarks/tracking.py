@@ -114,8 +114,8 @@ def read_options(argv: Sequence[str] | None) -> Options:
     add(
         "--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS), metavar="NAME", help=str([*CONDITIONS])
     )
-    add("--steps", type=int, default=2000)
-    add("--steps-when-killed", type=int, default=6000, help="the server takes its time to start again")
+    add("--steps", type=int, default=1200)
+    add("--steps-when-killed", type=int, default=5000, help="the server takes its time to start again")
     add("--batch", type=int, default=32, help="samples per rank and step")
     add("--checkpoint-every", type=int, default=500, help="steps between two checkpoints")
     add("--postgres", action="store_true", help="behind the server, instead of SQLite; Debian's package and psycopg2")

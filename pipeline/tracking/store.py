@@ -19,7 +19,18 @@ def open_store(uri: str) -> MlflowClient:
     if database is None:
         return MlflowClient(tracking_uri=uri)
     with locked(database.with_name(database.name + ".lock")):
-        return MlflowClient(tracking_uri=uri)  # creates the tables
+        if not database.exists():
+            _create(database)
+        return MlflowClient(tracking_uri=uri)
+
+
+def _create(database: Path) -> None:
+    """Under another name first: tables that are half made, by a process that was killed, MLflow can never open again."""
+    unfinished = database.with_name(f".creating-{database.name}")
+    for path in (unfinished, unfinished.with_name(unfinished.name + "-journal")):
+        path.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{unfinished}")  # creates the tables
+    unfinished.replace(database)
 
 
 def run_exists(client: MlflowClient, run_id: str) -> bool:

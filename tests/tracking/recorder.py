@@ -17,7 +17,7 @@ from pipeline.run_folder import RunFolder, training_lock
 from pipeline.tracking.journal import Journal, now_ms
 from pipeline.tracking.process import PublisherProcess
 
-STEP_SECONDS = 0.02
+STEP_SECONDS = 0.04
 NOT_ALL_PUBLISHED = 3
 
 

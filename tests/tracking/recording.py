@@ -10,8 +10,9 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
+from pipeline.run_folder import RunFolder
 from tests.servers import MlflowServer
-from tests.tracking.history import find_runs, recorded_history
+from tests.tracking.history import recorded_history
 from tests.tracking.recorder import NOT_ALL_PUBLISHED
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ class Recording:
             log = "\n".join(self.log()[-5:])
             assert time.monotonic() < deadline, f"{self.run.name} waits in vain; the publisher's log ends with\n{log}"
             assert self._process.poll() in (None, 0, NOT_ALL_PUBLISHED), f"{self.run.name}: the recording failed"
-            time.sleep(0.3)
+            time.sleep(0.5)
 
     def close(self) -> None:
         self._process.kill()
@@ -76,8 +77,9 @@ class Recording:
 
     def _last_stored_step(self) -> int:
         """By the loss, which is 1 / step."""
-        losses = [run.data.metrics.get("train/loss") for run in find_runs(self.client, self.run)]
-        return max((round(1 / loss) for loss in losses if loss), default=0)
+        run_id = RunFolder(self.run).status().get("mlflow_run_id")
+        loss = self.client.get_run(run_id).data.metrics.get("train/loss") if run_id else None
+        return round(1 / loss) if loss else 0
 
 
 def publisher_pid(run: Path) -> int | None:

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import random
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -295,15 +296,18 @@ def text_of(number: int) -> str:
     return "x" * (number % 50) if number % 100 else "y" * 100_000
 
 
-def append_many(path: Path) -> None:
+def append_many(path: Path, is_read: Event) -> None:
     journal = Journal(path)
     for number in range(NUM_RECORDS):
+        if number == NUM_RECORDS // 2:
+            is_read.wait(60)
         journal.append("note", number=number, text=text_of(number))
 
 
 def test_a_reader_beside_a_writer_never_sees_a_broken_record(path: Path) -> None:
     Journal(path).close()
-    writer = FORK.Process(target=append_many, args=(path,))
+    is_read = FORK.Event()
+    writer = FORK.Process(target=append_many, args=(path, is_read))
     writer.start()
     try:
         seen: list[int] = []
@@ -311,7 +315,9 @@ def test_a_reader_beside_a_writer_never_sees_a_broken_record(path: Path) -> None
         deadline = time.monotonic() + 60
         while len(seen) < NUM_RECORDS and time.monotonic() < deadline:
             records, offset = read_journal(path, offset)
-            num_readings += bool(records)
+            if records:
+                num_readings += 1
+                is_read.set()
             assert [record["text"] for record in records] == [text_of(record["number"]) for record in records]
             seen += [record["number"] for record in records]
     finally:

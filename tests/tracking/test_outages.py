@@ -87,10 +87,23 @@ def end_without_server(recording: Recording, proxy: FaultyProxy) -> int:
     exit_code = recording.finish()
     assert recording.wait_until_unpublished() < AFTER_DEATH + 5
     proxy.set_fault("none")
-    for _ in range(2):
-        synced = sync(recording.run)
-        assert synced.returncode == 0, synced.stdout + synced.stderr
+    sync_all(recording)
+    sync_all(recording)
     return exit_code
+
+
+def slowness_for_good(recording: Recording, proxy: FaultyProxy, fault: Fault) -> int:
+    """Each reply takes seconds, but comes: `sync` has to get there all the same."""
+    recording.wait_for(lambda: "train/loss" in recorded_history(recording.run))
+    exit_code = recording.finish()
+    assert recording.wait_until_unpublished() < AFTER_DEATH + 5
+    sync_all(recording)
+    return exit_code
+
+
+def sync_all(recording: Recording) -> None:
+    synced = sync(recording.run)
+    assert synced.returncode == 0, synced.stdout + synced.stderr
 
 
 def killed_thrice(recording: Recording, server: MlflowServer) -> int:
@@ -139,6 +152,7 @@ FAULTY = {
     "slow": Faulty(passing_slowness, "slow"),
     "refused_from_the_start": Faulty(from_the_start, "refused", from_the_start=True),
     "slow_from_the_start": Faulty(slowness_from_the_start, "slow", from_the_start=True),
+    "slow_for_good": Faulty(slowness_for_good, "slow", from_the_start=True, published_later=True),
     "created_without_a_reply": Faulty(lost_reply, "none", lose_reply_to="/runs/create"),
     "refused_at_the_end": Faulty(at_the_end, "refused", published_later=True),
     "silent_at_the_end": Faulty(at_the_end, "silent", published_later=True),

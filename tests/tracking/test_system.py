@@ -67,9 +67,9 @@ def num_samples(folder: Path) -> int:
     return path.read_bytes().count(b'/cpu_utilization_percentage"') if path.exists() else 0
 
 
-def sampler_pid(parent: int) -> int:
-    (child,) = (child for child in psutil.Process(parent).children() if "sample" in child.cmdline())
-    return int(child.pid)
+def popen(process: SamplerProcess) -> subprocess.Popen[bytes]:
+    assert process._process is not None
+    return process._process
 
 
 def is_gone(pid: int) -> bool:
@@ -101,7 +101,7 @@ def process(tmp_path: Path) -> Iterator[SamplerProcess]:
 
 
 def test_a_process_samples_this_node_until_it_is_closed(tmp_path: Path, process: SamplerProcess) -> None:
-    pid = sampler_pid(os.getpid())
+    pid = popen(process).pid
     wait_until(lambda: num_samples(tmp_path) >= 3)
     assert os.getpriority(os.PRIO_PROCESS, pid) == min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19)
     assert os.getsid(pid) == pid
@@ -142,7 +142,7 @@ def test_a_resumed_run_goes_on_behind_the_last_sample_and_a_torn_line_is_cut_off
 
 
 def test_signals_to_a_job_do_not_stop_the_samples_and_closing_does(tmp_path: Path, process: SamplerProcess) -> None:
-    pid = sampler_pid(os.getpid())
+    pid = popen(process).pid
     for number in SIGNALS:
         os.kill(pid, number)  # it has not even started
     wait_until(lambda: num_samples(tmp_path) >= 2)
@@ -155,17 +155,16 @@ def test_signals_to_a_job_do_not_stop_the_samples_and_closing_does(tmp_path: Pat
     count = num_samples(tmp_path)
     wait_until(lambda: num_samples(tmp_path) >= count + 2)
     process.close()
-    assert process._process is not None
-    assert process._process.returncode == 0
+    assert popen(process).returncode == 0
     process.close()  # once more does nothing
 
 
 def test_the_end_of_its_input_ends_it(tmp_path: Path, process: SamplerProcess) -> None:
-    assert process._process is not None
-    assert process._process.stdin is not None
     wait_until(lambda: num_samples(tmp_path) >= 1)
-    process._process.stdin.close()
-    assert process._process.wait(2.0) == 0
+    sampler = popen(process)
+    assert sampler.stdin is not None
+    sampler.stdin.close()
+    assert sampler.wait(2.0) == 0
 
 
 @pytest.mark.parametrize("when", ["sampling", "starting", "worker"])
@@ -176,16 +175,15 @@ def test_it_ends_soon_after_its_parent_was_killed(tmp_path: Path, when: str) -> 
         "from pathlib import Path\n"
         "from pipeline.tracking.process import SamplerProcess\n"
         "process = SamplerProcess(Path(sys.argv[1]), 0.1)\n"
+        "print(process._process.pid, flush=True)\n"
         f"{'os.fork()' if when == 'worker' else ''}\n"
-        "print(flush=True)\n"
         "time.sleep(60)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as parent:
         try:
             assert parent.stdout is not None
-            parent.stdout.readline()
-            sampler = sampler_pid(parent.pid)
+            sampler = int(parent.stdout.readline())
             if when != "starting":
                 wait_until(lambda: num_samples(tmp_path) >= 1)
             parent.kill()
@@ -217,10 +215,9 @@ def test_a_forked_worker_that_holds_its_input_open_does_not_keep_it_from_being_c
 
 def test_one_that_does_not_end_is_killed(tmp_path: Path) -> None:
     process = SamplerProcess(tmp_path, 0.1)
-    os.kill(sampler_pid(os.getpid()), signal.SIGSTOP)
+    os.kill(popen(process).pid, signal.SIGSTOP)
     process.close(timeout=0.1)
-    assert process._process is not None
-    assert process._process.returncode == -signal.SIGKILL
+    assert popen(process).returncode == -signal.SIGKILL
 
 
 def test_a_run_folder_that_this_node_does_not_see_is_a_warning(
