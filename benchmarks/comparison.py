@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from benchmarks.harness import BenchmarkError, Spread, markdown_table, pairwise_ratios
@@ -76,7 +77,7 @@ class Comparison:
         return [
             variant.label,
             _spread(runs, lambda run: run["images_per_second"], ",.0f"),
-            _spread(runs, lambda run: run["epoch_seconds"][-1], ".3g"),
+            _spread(runs, lambda run: mean(run["epoch_seconds"][1:] or run["epoch_seconds"]), ".3g"),
             _spread(runs, lambda run: run["wall_seconds"], ".1f") if evaluates else "",
             _spread(runs, lambda run: 100 * run["accuracy"], ".2f") if evaluates else "",
             self._format_ratio(variant),

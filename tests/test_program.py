@@ -107,7 +107,7 @@ def test_its_first_and_last_lines_say_what_was_trained_on_and_how_to_look_at_it(
     assert "embedded digits" in digits.lines[0]
     assert "embedded digits" in digits.lines[-1]
     assert "data.dataset=mnist" in digits.lines[-1]
-    assert re.search(r"predicted \d \(.*%.*\), truth \d", digits.lines[-3])
+    assert re.search(r"predicted \d \(.*%.*\), truth \d", digits.lines[-4])
     (run,) = mlflow_runs(digits.folder)
     assert "mlflow server" in digits.lines[-2]
     assert f"/runs/{run.info.run_id}" in digits.lines[-2]

@@ -172,7 +172,7 @@ class Attempt:
         write_results(self.output, self.config, self.dataset, evaluation, predictions, weights, step, best)
         self.output.end("finished", "finished")
         self.last_lines = [
-            f"finished: {evaluation.accuracy:.2%} of {evaluation.count:,} test images right",
+            f"finished: {evaluation.accuracy:.2%} of {evaluation.count:,} test images right; the best model is of step {best:,}",
             describe_sample(self.dataset.info, predictions),
         ]
 
@@ -195,8 +195,11 @@ class Attempt:
         """After the process group is left: wait for the publisher, and say the last lines."""
         if self.output is None:
             return
+        for line in self.last_lines:
+            logger.info("%s", line)
         published = True
         if self.publisher is not None:
+            logger.info("publishing to %s", without_credentials(self.uri))
             timeout = self.config.tracking.close_timeout
             if outcome == "preempted":
                 timeout = min(timeout, PREEMPTED_TIMEOUT)
@@ -206,8 +209,7 @@ class Attempt:
             opening = f"tracking is off; publish the run with: python -m pipeline sync {os.path.relpath(folder.path)}"
         else:
             opening = describe_opening(folder, uri, published=published)
-        for line in (*self.last_lines, opening):
-            logger.info("%s", line)
+        logger.info("%s", opening)
         if self.config.data.dataset == "digits":
             logger.info("%s", DIGITS_NOTE)
 

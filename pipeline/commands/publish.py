@@ -99,4 +99,5 @@ def start_logging() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("convoy")
     logger.handlers = [handler]
+    logger.propagate = False  # mlflow gives the root logger a handler
     logger.setLevel(logging.INFO)

@@ -62,7 +62,8 @@ def sync(folder: RunFolder, uri: str | None, *, only_if_left: bool) -> tuple[dic
         return None, True
     succeeded, counts = publish(folder, uri, lambda: False)
     where = without_credentials(uri)
-    outcome = f"published to {where}" if succeeded else f"NOT all published to {where} (--uri names another server)"
+    what = "published" if counts else "already published"
+    outcome = f"{what} to {where}" if succeeded else f"NOT all published to {where} (--uri names another server)"
     mlflow_id = str(Progress(folder, uri).get("mlflow_run_id") or "")
     return row | {"MLflow run": mlflow_id, **{c: f"{counts[c]:,}" for c in COLUMNS}, "outcome": outcome}, succeeded
 

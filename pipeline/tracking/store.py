@@ -25,7 +25,7 @@ def open_store(uri: str) -> MlflowClient:
 
 
 def _create(database: Path) -> None:
-    """Under another name first: tables that are half made, by a process that was killed, MLflow can never open again."""
+    """Under another name first: a file whose tables are half made, by whoever was killed, can never be opened again."""
     unfinished = database.with_name(f".creating-{database.name}")
     for path in (unfinished, unfinished.with_name(unfinished.name + "-journal")):
         path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,13 @@ def test_registering_again_changes_nothing(tmp_path: Path, uri: str) -> None:
 
 @pytest.mark.parametrize("other", [{"metric": "eval/loss"}, {"digest": "d2"}])
 def test_what_cannot_be_compared_does_not_become_champion(
-    tmp_path: Path, uri: str, other: dict[str, str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    uri: str,
+    other: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("convoy"), "propagate", True)
     first = Run(tmp_path, "one", **{"eval/accuracy": 0.1})
     first.record()
     first.publish(uri)
