@@ -172,7 +172,7 @@ class Attempt:
         write_results(self.output, self.config, self.dataset, evaluation, predictions, weights, step, best)
         self.output.end("finished", "finished")
         self.last_lines = [
-            f"finished: {evaluation.accuracy:.2%} of {evaluation.count:,} test images right; the best model is of step {best:,}",
+            f"finished: {evaluation.accuracy:.2%} of {evaluation.count:,} test images right (best at step {best:,})",
             describe_sample(self.dataset.info, predictions),
         ]
 
