@@ -117,7 +117,7 @@ class FolderOutput:
         self._set_state(state)
 
     def _set_state(self, state: State) -> None:
-        """In status.json for people and scripts, in the journal for MLflow."""
-        self.folder.update_status(state=state)
+        """In the journal for MLflow, in status.json for people and scripts."""
         self.journal.status(state)
         self.journal.sync()
+        self.folder.update_status(state=state)  # last: a run that is finished here is not looked at again

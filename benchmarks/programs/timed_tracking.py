@@ -32,6 +32,8 @@ class CallLog:
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.cpu_seconds: dict[str, list[float]] = defaultdict(list)
+        """What is left of a long call without waiting for a core or the disk."""
         self.loop_seconds = 0.0
         self._is_running = False
         self._is_inside = False
@@ -56,18 +58,24 @@ class CallLog:
         def timed(*arguments: Any, **named: Any) -> Any:
             if self._is_inside or not self._is_running:
                 return function(*arguments, **named)
-            self._is_inside, started = True, time.perf_counter()
+            self._is_inside, started, cpu_started = True, time.perf_counter(), time.thread_time()
             try:
                 return function(*arguments, **named)
             finally:
                 self.seconds[name].append(time.perf_counter() - started)
+                self.cpu_seconds[name].append(time.thread_time() - cpu_started)
                 self._is_inside = False
 
         setattr(owner, name, timed)
 
     def summary(self) -> dict[str, dict[str, float]]:
         return {
-            name: {"calls": len(seconds), "seconds": sum(seconds), "longest_seconds": max(seconds)}
+            name: {
+                "calls": len(seconds),
+                "seconds": sum(seconds),
+                "longest_seconds": max(seconds),
+                "longest_cpu_seconds": max(self.cpu_seconds[name]),
+            }
             for name, seconds in self.seconds.items()
         }
 

@@ -21,10 +21,11 @@ HELP = "publish one run's journal to MLflow (what a training starts by itself)"
 AFTER_DEATH = 30.0
 """Seconds that a publisher goes on after the death of its training."""
 
-# MLflow's defaults keep one call to a dead server waiting for 4 to 20 minutes
+# MLflow's defaults keep one call to a dead server waiting for 4 to 20 minutes. Its own retries are turned off: repeated
+# blindly, the creation of a run whose reply was lost makes a second one. Slow replies of 5 s are to be waited for.
 MLFLOW_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",

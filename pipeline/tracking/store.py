@@ -78,5 +78,8 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def is_refusal(error: MlflowException) -> bool:
-    """Whether the server understood and said no, so that asking again will not help."""
-    return error.get_http_status_code() in (400, 413, 422)
+    """Whether the server understood and said no, so that asking again will not help.
+
+    A database that fails is a BAD_REQUEST to MLflow, and may work again.
+    """
+    return bool(error.error_code == "INVALID_PARAMETER_VALUE" or error.get_http_status_code() == 413)

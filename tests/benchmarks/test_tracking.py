@@ -67,6 +67,7 @@ def test_the_table_says_what_did_not_arrive() -> None:
     assert lines[-1].endswith("| not as recorded: 1 of 2 |")
 
 
+@pytest.mark.faults
 def test_a_training_with_its_server_down_gives_all_figures_and_is_synced(tmp_path: Path) -> None:
     arguments = ["--steps=60", "--batch=4", "--checkpoint-every=20", "--conditions=down"]
     options = tracking.read_options(arguments)

@@ -13,6 +13,8 @@ from mlflow import MlflowClient
 from tests.tracking.history import differences, find_runs, recorded_history, stored_history
 from tests.tracking.recording import ROOT
 
+pytestmark = pytest.mark.faults
+
 NUM_TRAININGS = 3
 OPEN = "import sys; from pipeline.tracking.store import open_store; open_store(sys.argv[1]).search_experiments()"
 TINY = ("data.dataset=synthetic", "data.image_size=12", "data.synthetic_train_size=640", "data.synthetic_eval_size=64")

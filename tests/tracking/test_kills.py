@@ -14,6 +14,8 @@ from tests.tracking.history import find_runs
 from tests.tracking.kill_campaign import VICTIMS, draw_kills, kill_and_resume
 from tests.tracking.recording import ROOT, sync
 
+pytestmark = pytest.mark.faults
+
 TINY = ("data.dataset=synthetic", "data.image_size=12", "data.synthetic_train_size=64", "data.synthetic_eval_size=64")
 
 

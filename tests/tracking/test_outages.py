@@ -19,6 +19,8 @@ from tests.tracking.history import differences, find_runs, recorded_history, sto
 from tests.tracking.recorder import NOT_ALL_PUBLISHED
 from tests.tracking.recording import BEGINS, ENDS, PATIENCE, Recording, sync
 
+pytestmark = pytest.mark.faults
+
 AFTER_DEATH = 30.0
 """Seconds that a publisher may go on after the end of its training."""
 
