@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks import tracking
 from benchmarks.programs.timed_tracking import CallLog
 
