@@ -38,6 +38,7 @@ METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 PARAM_LENGTH = 6000
 TAG_LENGTH = 8000
+REASON_LENGTH = 500
 MLFLOW_STATUS = {"running": "RUNNING", "finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 logger = logging.getLogger("convoy")
 
@@ -257,7 +258,7 @@ def follow(
                 return True
         except Exception as error:  # whatever it is, the run folder has everything and the training goes on
             if not outage:
-                reason = without_credentials(f"{type(error).__name__}: {error}")
+                reason = without_credentials(f"{type(error).__name__}: {error}".splitlines()[0])[:REASON_LENGTH]
                 logger.warning("tracking does not work now, will be tried again: %s", reason)
             outage, pause = True, min(pause * 2, 10.0)
         if time.monotonic() + pause > deadline:
