@@ -48,7 +48,7 @@ def build_optimizer(
 
 
 def without_compiler(kind: type[T]) -> type[T]:
-    """The same optimizer, whose methods do not import torch's compiler first: a second of every start.
+    """The same optimizer, whose methods do not import torch's compiler first, which takes long.
 
     torch keeps the compiler from looking into these methods; who compiles the network does not compile them anyway.
     """

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import ROOT, print_result
-from pipeline.distributed import Launch, start_logging, start_rank
+from pipeline.distributed import Launch, start_logging
 from pipeline.preemption import StopRequest
 from pipeline.timing import StartupTimer
 from train import build
@@ -84,14 +84,8 @@ def main() -> None:
     launch = Launch.from_environment(os.environ)
     start_logging(launch.rank)
     command, config = read_config(None, launch)
-    settings, log = config.train, CallLog()
-    with start_rank(
-        launch,
-        device=settings.device,
-        backend=settings.backend,
-        threads=settings.threads,
-        timeout=settings.hang_timeout,
-    ) as rank:
+    log = CallLog()
+    with build.join(config, launch) as rank:
         dataset = build.build_data(config, rank)
         with open_session(config, command.config_path.stem, launch, rank, dataset, ROOT) as session:
             trainer = build.build_trainer(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -13,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.preemption import SIGNALS
 from pipeline.run_folder import RunFolder, is_being_trained, locked
+from pipeline.tracking.process import ignore_stop_signals
 
 HELP = "publish one run's journal to MLflow (what a training starts by itself)"
 
@@ -39,10 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.follow:
-        # what a job is sent is meant for the training, which tells this process by the journal
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by whoever started this, until here
+        ignore_stop_signals()
     os.nice(10)
     start_logging()
     folder = RunFolder(arguments.run_dir.absolute())

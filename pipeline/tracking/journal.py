@@ -111,8 +111,10 @@ class Journal:
         os.fsync(self._file)
 
     def close(self) -> None:
-        self.sync()
-        os.close(self._file)
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
 
 
 def now_ms() -> int:

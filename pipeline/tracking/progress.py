@@ -22,8 +22,7 @@ class Progress:
     def get(self, key: str) -> Any:
         """None if unknown.
 
-        mlflow_run_id, mlflow_experiment_id; state: of the last status record; shown: the state that MLflow shows;
-        num_attempts.
+        mlflow_run_id, mlflow_experiment_id; state: of the last status record; shown: the state that MLflow shows.
         """
         return self._values.get(key)
 

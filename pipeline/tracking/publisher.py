@@ -25,7 +25,7 @@ from PIL import Image
 from pipeline.run_folder import RunFolder, without_credentials
 from pipeline.tracking.artifacts import draw_evaluation, draw_filters, draw_history, draw_samples
 from pipeline.tracking.description import describe_run
-from pipeline.tracking.journal import KILLED, iterate
+from pipeline.tracking.journal import KILLED, iterate, read_journal
 from pipeline.tracking.models import file_digest, log_model, register, tie_to_metrics
 from pipeline.tracking.progress import Progress
 from pipeline.tracking.store import find_or_create_run, is_refusal, open_store, run_exists
@@ -96,8 +96,7 @@ class Publisher:
                 self._log_file(client, record["path"])
             case "status":
                 self._show_state(client, record["state"], record.get("timestamp_ms"))
-                attempts = (self._progress.get("num_attempts") or 0) + (record["state"] == "running")
-                self._progress.store(state=record["state"], num_attempts=attempts)
+                self._progress.store(state=record["state"])
 
     def _publish_model(self, client: MlflowClient, record: Record) -> None:
         weights = self._folder.path / record["path"]
@@ -209,8 +208,9 @@ class Publisher:
 
     def _show_death(self, client: MlflowClient) -> None:
         """Of a training that could not say its last word; it ended when it recorded its last."""
-        times = [record["timestamp_ms"] for record, _ in iterate(self._folder.journal) if "timestamp_ms" in record]
-        number = self._progress.get("num_attempts") or 1
+        records = read_journal(self._folder.journal)[0]
+        times = [record["timestamp_ms"] for record in records if "timestamp_ms" in record]
+        number = sum(record["kind"] == "status" and record["state"] == "running" for record in records)
         client.set_tag(self._run_id, f"attempt.{number}.end", KILLED)
         self._show_state(client, "failed", max(times, default=None))
         self._folder.update_status(state="failed")
