@@ -8,17 +8,20 @@ from collections.abc import Sequence
 
 from pipeline.commands import publish, report, sample, sync
 
-COMMANDS = {"sync": sync, "publish": publish, "report": report, "sample": sample}
+COMMANDS = {"sync": sync, "report": report}
+PROCESSES = {"publish": publish, "sample": sample}
+"""What a training starts beside itself, and people need not see."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=command.HELP, description=command.HELP)
-        command.add_arguments(subparser)
+        command.add_arguments(subparsers.add_parser(name, help=command.HELP, description=command.HELP))
+    for name, process in PROCESSES.items():
+        process.add_arguments(subparsers.add_parser(name, description=process.HELP))
     arguments = parser.parse_args(argv)
-    exit_code: int = COMMANDS[arguments.command].run(arguments)
+    exit_code: int = (COMMANDS | PROCESSES)[arguments.command].run(arguments)
     return exit_code
 
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.config import FIELDS, CommandLine, Config, ConfigError, load_config, parse_command_line
 from pipeline.distributed import Launch
+from pipeline.run_folder import RunFolder
 from train import build
 from train.main import ROOT, main
 
@@ -535,10 +536,28 @@ def test_a_dry_run_follows_the_settings(
     assert "60,000 training and 10,000 evaluation images of 1x32x32" in out
     assert "steps: 8,572 an epoch of 7 images each, 17,144 in all" in out
     assert "on cpu in bf16" in out
-    assert f"run folder: {cwd}/elsewhere/slurm-17" in out
+    assert f"run folder: {cwd}/elsewhere/slurm-17\nrun: new\n" in out
+    assert "not in data yet, will be downloaded" in out
     assert main(["--dry-run", "run.name=mine"]) == 0
     assert f"run folder: {cwd}/runs/mine\n" in capsys.readouterr().out
     assert list(cwd.iterdir()) == []
+
+
+def test_a_dry_run_refuses_what_a_training_would(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Data that is not there, another training's folder, nothing to resume; it writes nothing."""
+    assert main(["--dry-run", "data.dataset=kmnist", "data.download=false"]) == 1
+    assert "lacks train-images-idx3-ubyte" in capsys.readouterr().err
+    assert main(["--dry-run", "run.name=mine", "run.resume=must"]) == 1
+    assert "no usable checkpoint" in capsys.readouterr().err
+    assert list(cwd.iterdir()) == []
+    folder = RunFolder(cwd / "runs" / "mine")
+    folder.path.mkdir(parents=True)
+    folder.config.write_text(resolve("run.seed=1").to_yaml())
+    folder.journal.touch()
+    assert main(["--dry-run", "run.name=mine"]) == 1
+    assert "run.seed was 1, is 0" in capsys.readouterr().err
+    assert main(["--dry-run", "run.name=mine", "run.seed=1"]) == 0
+    assert "run: new, continues behind step 0" in capsys.readouterr().out
 
 
 def test_a_dry_run_finds_what_is_wrong(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:

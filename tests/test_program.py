@@ -107,8 +107,10 @@ def test_its_first_and_last_lines_say_what_was_trained_on_and_how_to_look_at_it(
     assert "embedded digits" in digits.lines[0]
     assert "embedded digits" in digits.lines[-1]
     assert "data.dataset=mnist" in digits.lines[-1]
-    assert re.search(r"predicted \d \(.*%.*\), truth \d", digits.lines[-4])
+    assert re.search(r"predicted \d \(.*%.*\), truth \d", digits.lines[-5])
     (run,) = mlflow_runs(digits.folder)
+    (logged,) = client(digits.folder).search_logged_models([run.info.experiment_id])
+    assert f"models:/{logged.model_id}" in digits.lines[-3]
     assert "mlflow server" in digits.lines[-2]
     assert f"/runs/{run.info.run_id}" in digits.lines[-2]
 
@@ -305,7 +307,7 @@ def test_a_training_stopped_by_a_signal_goes_on_in_the_same_mlflow_run(tmp_path:
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "preempted", output
     assert 0 < status["global_step"] < 160
-    assert "run.name=stopped continues it" in output
+    assert "to continue, the same command with run.name=stopped" in output
     assert [r.info.status for r in mlflow_runs(tmp_path)] == ["KILLED"]
     done = torchrun(tmp_path, *settings)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -371,7 +373,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_what_the_user_reads(tmp_path: 
     assert json.loads((tmp_path / "runs" / "failing" / "status.json").read_text())["state"] == "failed"
     # the publisher outlives the training for a moment; only then may the store be opened from here
     published = tmp_path / "runs" / "failing" / "published.json"
-    _wait_for(lambda: published.exists() and '"state": "failed"' in published.read_text())
+    _wait_for(lambda: published.exists() and '"shown": "failed"' in published.read_text())
     assert [run.info.status for run in mlflow_runs(tmp_path)] == ["FAILED"]
 
 
@@ -398,9 +400,10 @@ def test_a_folder_whose_training_is_alive_is_refused_with_its_holder_named(tmp_p
     command = [sys.executable, str(MAIN), *settings]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
         _wait_for(lambda: (tmp_path / "runs" / "busy" / "journal.jsonl").exists())
-        second = main(tmp_path, *settings)
+        second, plan = main(tmp_path, *settings), main(tmp_path, *settings, "--dry-run")
         process.kill()
-    assert second.returncode == 1
+    assert (second.returncode, plan.returncode) == (1, 1)
+    assert "being trained right now" in plan.stderr
     assert f"being trained right now by process {process.pid} on {os.uname().nodename}" in second.stdout
     assert "Traceback" not in second.stdout + second.stderr
 

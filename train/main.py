@@ -47,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             launch.await_end(seconds=60)  # local rank 0 may be slow to start
         return 2
     if command.dry_run:
-        if launch.rank == 0:
-            print(describe_plan(config, launch, command.config_path.stem))
-        return 0
+        return show_plan(config, command, launch)
     if config.data.dataset == "digits":
         logger.info("%s", DIGITS_NOTE)
     stop = StopRequest()
@@ -67,6 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not isinstance(error, RemoteError):
                 raise  # nobody else ended: the cause may be here
         logger.warning("ended because another rank did: %s", error)
+        return 1
+    return 0
+
+
+def show_plan(config: Config, command: CommandLine, launch: Launch) -> int:
+    """Of the first rank; 1 if a training could not start here."""
+    if launch.rank > 0:
+        return 0
+    try:
+        print(describe_plan(config, launch, command.config_path.stem))
+    except (DataError, RunError) as error:
+        print(error, file=sys.stderr)
         return 1
     return 0
 

@@ -6,33 +6,68 @@ import os
 from pathlib import Path
 
 from pipeline.config import Config
+from pipeline.data.datasets import DATASETS, is_present, prepare_dataset
 from pipeline.distributed import Launch, choose_device, choose_threads
 from pipeline.models import describe_layers
 from pipeline.precision import choose_precision
-from pipeline.run_folder import slurm_run_name
+from pipeline.run_folder import RunError, RunFolder, check_resumable, is_being_trained, slurm_run_name
 from train import build
 
 
 def describe_plan(config: Config, launch: Launch, config_name: str) -> str:
-    """Resolved config, network, steps and run folder, as text."""
+    """Resolved config, network, data, steps and run folder, as text.
+
+    Raises DataError or RunError for what would keep a training from starting here.
+    """
     info = build.dataset_info(config)
     schedule = build.build_schedule(config, info)
     device = choose_device(launch, config.train.device, config.train.backend)
-    name = config.run.name or slurm_run_name(os.environ) or f"{config_name}-<date>-<time>"
     return "\n".join(
         (
             config.to_yaml(),
             _describe_network(config),
             f"data: {info.name}, {info.train_size:,} training and {info.eval_size:,} evaluation images of "
-            f"{info.channels}x{info.image_size}x{info.image_size} in {info.num_classes} classes",
+            f"{info.channels}x{info.image_size}x{info.image_size} in {info.num_classes} classes; {_check_data(config)}",
             f"steps: {schedule.steps_per_epoch:,} an epoch of {config.data.global_batch_size} images each, "
             f"{schedule.total_steps:,} in all",
             f"ranks: {launch.world_size}, each on {device.type} in "
             f"{choose_precision(config.train.precision, device)} with {choose_threads(launch, config.train.threads)} "
             "thread(s)",
-            f"run folder: {Path(config.run.dir).absolute() / name}",
+            f"run folder: {_folder(config, config_name)}",
+            f"run: {_check_run(config, launch)}",
         )
     )
+
+
+def _check_data(config: Config) -> str:
+    data = config.data
+    stored = DATASETS.get(data.dataset)
+    if stored is None:
+        return "made when it starts"
+    if data.download and not is_present(stored, Path(data.root)):
+        return f"not in {data.root} yet, will be downloaded"
+    prepare_dataset(stored, Path(data.root), download=False)
+    return "here and sound"
+
+
+def _folder(config: Config, config_name: str) -> Path:
+    name = config.run.name or slurm_run_name(os.environ) or f"{config_name}-<date>-<time>"
+    return Path(config.run.dir).absolute() / name
+
+
+def _check_run(config: Config, launch: Launch) -> str:
+    folder = RunFolder(_folder(config, ""))
+    if not folder.path.exists():
+        check_resumable(folder, config, has_checkpoint=False)
+        return "new"
+    if is_being_trained(folder):
+        raise RunError(
+            f"run {folder.name} is being trained right now: wait for it, stop it, or choose another run.name"
+        )
+    state = build.build_checkpoints(config, folder).load_latest()
+    check_resumable(folder, config, has_checkpoint=state is not None, launch_id=launch.run_id)
+    step = state.position.global_step if state else 0
+    return f"{folder.status().get('state', 'new')}, continues behind step {step:,}"
 
 
 def _describe_network(config: Config) -> str:

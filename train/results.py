@@ -113,6 +113,15 @@ def describe_sample(info: DatasetInfo, predictions: Predictions) -> str:
     return f"test sample 0: predicted {predicted} ({float(predictions.confidence[0]):.1%} confident), truth {truth}"
 
 
+def describe_model(folder: RunFolder) -> list[str]:
+    """What the publisher made of the best weights, if it did."""
+    status = folder.status()
+    if "mlflow_model_id" not in status:
+        return []
+    outcome = f"; {status['mlflow_model_outcome']}" if "mlflow_model_outcome" in status else ""
+    return [f"the model in MLflow: models:/{status['mlflow_model_id']}{outcome}"]
+
+
 def describe_opening(folder: RunFolder, uri: str, *, published: bool) -> str:
     """How to look at the run, or how to publish what is missing."""
     sync = f"python -m pipeline sync {os.path.relpath(folder.path)}"

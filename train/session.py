@@ -31,7 +31,7 @@ from pipeline.tracking.process import PublisherProcess, SamplerProcess
 from train.build import build_checkpoints, build_schedule
 from train.evaluation import Predictions
 from train.output import NUM_SLIDE_IMAGES, FolderOutput, NullOutput, RunOutput
-from train.results import describe_opening, describe_sample, write_results, write_slide_images
+from train.results import describe_model, describe_opening, describe_sample, write_results, write_slide_images
 from train.trainer import Outcome, Trainer
 
 PREEMPTED_TIMEOUT = 10.0
@@ -181,7 +181,9 @@ class Attempt:
         reason = f"on {trainer.stop.signal_name}" if trainer.stop else "as another rank was asked to"
         step, name = trainer.position.global_step, self.output.folder.name
         self.output.end("preempted", f"stopped {reason} behind step {step}")
-        self.last_lines = [f"stopped {reason} behind step {step}, all saved; run.name={name} continues it"]
+        self.last_lines = [
+            f"stopped {reason} behind step {step}, all saved; to continue, the same command with run.name={name}"
+        ]
 
     def fail(self, cause: BaseException) -> None:
         if self.output is None:
@@ -209,6 +211,9 @@ class Attempt:
             opening = f"tracking is off; publish the run with: python -m pipeline sync {os.path.relpath(folder.path)}"
         else:
             opening = describe_opening(folder, uri, published=published)
+        if published and outcome == "finished":
+            for line in describe_model(folder):
+                logger.info("%s", line)
         logger.info("%s", opening)
         if self.config.data.dataset == "digits":
             logger.info("%s", DIGITS_NOTE)

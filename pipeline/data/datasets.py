@@ -175,9 +175,14 @@ def prepare_dataset(info: DatasetInfo, root: Path, *, download: bool) -> None:
         raise _absent_error(info, root, f"they could not be stored: {error}") from error
 
 
+def is_present(info: DatasetInfo, root: Path) -> bool:
+    """Whether all its files are under `root`, sound or not."""
+    return info.name in _MADE_HERE or not _stored(info, root).absent()
+
+
 def obtain_dataset(info: DatasetInfo, root: Path, *, download: bool, image_size: int | None, seed: int = 0) -> Dataset:
     """As `prepare_dataset` and then `load_dataset`, but each file that is there is read and hashed only once."""
-    if info.name not in _MADE_HERE and _stored(info, root).absent():
+    if not is_present(info, root):
         prepare_dataset(info, root, download=download)
     return load_dataset(info, root, image_size=image_size, seed=seed, verify=True)
 

@@ -69,10 +69,23 @@ class Publisher:
         client = self._connect()
         for path in self._progress.files():
             for batch, end in batches(iterate(path, self._progress.offset(path))):
-                self._publish(client, batch)
+                self._publish_accepted(client, batch)
                 self._progress.advance(path, end)
         if not training_alive and self._progress.get("shown") == "running":
             self._show_death(client)
+
+    def _publish_accepted(self, client: MlflowClient, records: list[Record]) -> None:
+        """What the server refuses is named and left out. It would take its whole request along, so halves go apart."""
+        try:
+            self._publish(client, records)
+        except MlflowException as error:
+            if not is_refusal(error):
+                raise
+            parts = halves(records)
+            if not parts:
+                logger.warning("the server refuses %s: %s", _name(records[0]), error)
+            for part in parts:
+                self._publish_accepted(client, part)
 
     def _publish(self, client: MlflowClient, records: list[Record]) -> None:
         """Records that `batches` has put together."""
@@ -95,8 +108,8 @@ class Publisher:
             case "artifact":
                 self._log_file(client, record["path"])
             case "status":
-                self._show_state(client, record["state"], record.get("timestamp_ms"))
                 self._progress.store(state=record["state"])
+                self._show_state(client, record["state"], record.get("timestamp_ms"))
 
     def _publish_model(self, client: MlflowClient, record: Record) -> None:
         weights = self._folder.path / record["path"]
@@ -109,8 +122,11 @@ class Publisher:
             model_id = log_model(self._folder, client, self._uri, self._run_id, record, model)
             tie_to_metrics(self._folder, client, self._run_id, record, model_id)
             self.counts["models"] += 1
+            self._folder.update_status(mlflow_model_id=model_id)
             if record.get("register"):
-                logger.info("%s", register(self._folder, client, self._run_id, record, model_id))
+                outcome = register(self._folder, client, self._run_id, record, model_id)
+                logger.info("%s", outcome)
+                self._folder.update_status(mlflow_model_outcome=outcome)
         except (MlflowException, OSError):
             raise  # the server; tried again
         except Exception as error:
@@ -137,18 +153,8 @@ class Publisher:
         return self._client
 
     def _log_metrics(self, client: MlflowClient, metrics: list[Metric]) -> None:
-        """One point that the server refuses would take its whole batch along, so halves are tried apart."""
-        try:
-            client.log_batch(self._run_id, metrics=metrics)
-            self.counts["points"] += len(metrics)
-        except MlflowException as error:
-            if not is_refusal(error):
-                raise
-            if len(metrics) == 1:
-                logger.warning("the server refuses %s at step %d: %s", metrics[0].key, metrics[0].step, error)
-                return
-            self._log_metrics(client, metrics[: len(metrics) // 2])
-            self._log_metrics(client, metrics[len(metrics) // 2 :])
+        client.log_batch(self._run_id, metrics=metrics)
+        self.counts["points"] += len(metrics)
 
     def _log_params(self, client: MlflowClient, values: dict[str, Any]) -> None:
         params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in values.items()]
@@ -231,6 +237,18 @@ def batches(entries: Iterable[tuple[Record, int]]) -> Iterator[tuple[list[Record
         yield batch, end
 
 
+def halves(records: list[Record]) -> list[list[Record]]:
+    """Of several records, or of the values of one; empty for what cannot be divided."""
+    if len(records) > 1:
+        middle = len(records) // 2
+        return [records[:middle], records[middle:]]
+    values = list(records[0].get("values", {}).items())
+    if len(values) < 2:
+        return []
+    middle = len(values) // 2
+    return [[records[0] | {"values": dict(part)}] for part in (values[:middle], values[middle:])]
+
+
 def follow(
     publisher: Publisher,
     is_parent_alive: Callable[[], bool],
@@ -268,6 +286,16 @@ def follow(
 
 def _point(record: Record) -> tuple[str, float, int, int]:
     return record["key"], record["value"], record["timestamp_ms"], record["step"]
+
+
+def _name(record: Record) -> str:
+    """Of what a record holds, for people."""
+    match record:
+        case {"kind": "metric", "key": key, "step": step}:
+            return f"{key} at step {step}"
+        case {"kind": kind, "values": values}:
+            return f"the {kind} {', '.join(values)}"
+    return f"the {record['kind']} {record.get('path', record.get('name', ''))}".rstrip()
 
 
 def _dataset(record: Record) -> Dataset:

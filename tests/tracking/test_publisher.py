@@ -148,6 +148,22 @@ def test_a_point_the_server_refuses_is_named_and_takes_no_other_along(
     assert "refuses not=allowed at step 3" in caplog.text
 
 
+def test_a_param_the_server_refuses_is_named_and_holds_nothing_up(
+    store: str, folder: RunFolder, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("convoy").propagate = True
+    journal.append("params", values={"optim.lr": 0.5, "run.seed": 1})
+    journal.append("params", values={"train.epochs": 2, "optim.lr": 0.7, "loss": "nll"})  # MLflow changes no param
+    journal.append("tags", values={"host": "here"})
+    journal.append("status", state="finished")
+    assert published(folder, store, lambda: False)
+    run = the_run(store)
+    assert run.data.params == {"optim.lr": "0.5", "run.seed": "1", "train.epochs": "2", "loss": "nll"}
+    assert run.data.tags["host"] == "here"
+    assert run.info.status == "FINISHED"
+    assert "refuses the params optim.lr: " in caplog.text
+
+
 def test_a_store_that_cannot_be_reached_costs_one_line_and_nothing_is_lost(
     store: str, folder: RunFolder, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
