@@ -318,6 +318,11 @@ def _read(store: Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
+def share(count: int, index: int, parts: int) -> slice:
+    """The `index`-th of `parts` contiguous shares of `count` things; sizes differ by one at most."""
+    return slice(count * index // parts, count * (index + 1) // parts)
+
+
 def _start_ticks(pid: int) -> str:
     """When a process started, which tells it from a later one with the same number."""
     try:

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import socket
 import struct
 import time
@@ -41,9 +40,6 @@ IDENTITY = (
     "optim.name",
     "checkpoint.metric",
 )
-
-
-SECRET = "(?:password|passwd|token|secret|api_?key|access_?key)"
 
 
 class RunError(Exception):
@@ -230,20 +226,6 @@ def changes(folder: RunFolder, config: Config) -> list[tuple[str, Any, Any]]:
             f"{folder.config} is not a config of this version, mend it or choose another run.name: {error}"
         ) from error
     return [(key, saved.get(key), value) for key, value in config.flat().items() if saved.get(key) != value]
-
-
-def without_credentials(text: str) -> str:
-    """A URI, or a text with URIs and settings, as it may be written down and shown.
-
-    Without user and password of URIs, values of settings that are called a password, token, secret or key, and the
-    values of environment variables called so.
-    """
-    text = re.sub(r"(?<=//)[^/?#\s]*@", "", text)
-    text = re.sub(rf"(?i)\b(\w*{SECRET}\w*)=('[^']*'|\"[^\"]*\"|[^&\s]+)", r"\1=***", text)
-    for name, value in os.environ.items():
-        if len(value) >= 8 and value in text and re.search(f"(?i){SECRET}", name):
-            text = text.replace(value, "***")
-    return text
 
 
 def _known(name: str, section: Any) -> Any:

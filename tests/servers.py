@@ -27,10 +27,16 @@ SLOW_SECONDS = 5.0
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port
+    """That somebody else may take before it is used."""
+    with reserved_port() as port:
+        return port
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port at which nobody listens, unless a server is started there: it is kept from all others meanwhile."""
+    with reserve_port() as reservation:
+        yield port_of(reservation)
 
 
 def reserve_port() -> socket.socket:
@@ -41,13 +47,21 @@ def reserve_port() -> socket.socket:
     return reservation
 
 
-class MlflowServer:
-    """`mlflow server` started in `folder`, where its log is. Started again, it has the same port and the same store."""
+def port_of(reservation: socket.socket) -> int:
+    port: int = reservation.getsockname()[1]
+    return port
 
-    def __init__(self, folder: Path, *arguments: str, port: int | None = None):
+
+class MlflowServer:
+    """`mlflow server` started in `folder`, where its log is. Started again, it has the same port and the same store.
+
+    It keeps the port until `close`.
+    """
+
+    def __init__(self, folder: Path, *arguments: str):
         self.folder = folder
         self._reservation = reserve_port()
-        self.port: int = port or self._reservation.getsockname()[1]
+        self.port = port_of(self._reservation)
         self.url = f"http://127.0.0.1:{self.port}"
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
@@ -78,6 +92,10 @@ class MlflowServer:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
+    def close(self) -> None:
+        self.kill()
+        self._reservation.close()
+
     def _answers(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
@@ -93,14 +111,14 @@ def server_environment() -> dict[str, str]:
 
 
 @contextmanager
-def mlflow_server(folder: Path, *arguments: str, port: int | None = None) -> Iterator[str]:
+def mlflow_server(folder: Path, *arguments: str) -> Iterator[str]:
     """`mlflow server` started in `folder`; yields its address once it answers."""
-    server = MlflowServer(folder, *arguments, port=port)
+    server = MlflowServer(folder, *arguments)
     try:
         server.start()
         yield server.url
     finally:
-        server.kill()
+        server.close()
 
 
 class PostgresServer:
@@ -194,7 +212,7 @@ class FaultyProxy:
         self.upstream = upstream
         self.lose_reply_to = lose_reply_to
         self._reservation = reserve_port()
-        self.port: int = self._reservation.getsockname()[1]
+        self.port = port_of(self._reservation)
         self.url = f"http://127.0.0.1:{self.port}"
         self.fault: Fault = "refused"
         self.fault_is_over = threading.Event()
@@ -221,6 +239,7 @@ class FaultyProxy:
 
     def close(self) -> None:
         self.set_fault("refused")
+        self._reservation.close()
 
     def _stop_listening(self) -> None:
         if self._listener is not None:

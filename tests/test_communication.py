@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.communication import node_average, replicate
+from pipeline.communication import node_memory, replicate
 from pipeline.communication.node_average import NodeAverage, open_node_average
 from pipeline.distributed import Rank, is_lost_connection
 from pipeline.timing import PHASES, HostTimer
@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in memory of this test alone."""
-    with tempfile.TemporaryDirectory(dir=node_average.SHARED_MEMORY) as folder:
-        monkeypatch.setattr(node_average, "SHARED_MEMORY", Path(folder))
+    with tempfile.TemporaryDirectory(dir=node_memory.SHARED_MEMORY) as folder:
+        monkeypatch.setattr(node_memory, "SHARED_MEMORY", Path(folder))
         yield Path(folder)
 
 
@@ -86,7 +86,7 @@ def _averages(rank: Rank, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[
             assert gradient is not None
             averages.append(gradient.clone())
             gradient.zero_()  # what a rank does to its own must not reach the others
-    node.close()
+    node.node.close()
     return averages, expected, [float(buffer.max()) for buffer in network.buffers()]
 
 
@@ -126,7 +126,7 @@ def _leave_at_the_second_meeting(rank: Rank) -> object:
     node, _ = opened(rank)
     node.average()
     if rank.rank == 1:
-        node.close()
+        node.node.close()
         return "left"
     began = time.monotonic()
     try:
@@ -143,7 +143,7 @@ def test_a_rank_that_stands_still_is_named_when_the_time_is_up() -> None:
 
 def _stand_still(rank: Rank) -> str:
     node, _ = opened(rank)
-    for peer in node._peers.values():
+    for peer in node.node._peers.values():
         peer.settimeout(1.0)
     if rank.rank == 1:
         time.sleep(3)
@@ -161,7 +161,7 @@ def _fork_and_leave(rank: Rank) -> str:
     node, _ = opened(rank)
     if rank.rank == 1:
         multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,), daemon=True).start()
-        node.close()
+        node.node.close()
         return ""
     with pytest.raises(RuntimeError) as error:
         node.average()
@@ -174,14 +174,14 @@ def test_a_rank_that_cannot_reach_the_shared_memory_makes_all_use_the_process_gr
 
 def _step_in_a_container(rank: Rank) -> str:
     if rank.rank == 1:
-        node_average._map = lambda memory, size: None
+        node_memory._map = lambda memory, size: None
     return _step(rank)[0]
 
 
 def test_ranks_of_several_nodes_and_a_node_without_room_use_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_ranks(2, _step)[0][0] == "shared memory"
     assert run_ranks(2, _step, num_local=1)[0][0] == "gloo"
-    monkeypatch.setattr(node_average, "SHARED_MEMORY", Path("/nonexistent"))
+    monkeypatch.setattr(node_memory, "SHARED_MEMORY", Path("/nonexistent"))
     assert run_ranks(2, _step)[0][0] == "gloo"
 
 

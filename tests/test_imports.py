@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "train").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
 LEAVES = {
     "pipeline.config",
+    "pipeline.credentials",
     "pipeline.distributed",
     "pipeline.seeding",
     "pipeline.run_folder",

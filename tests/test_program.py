@@ -308,6 +308,7 @@ def test_a_training_stopped_by_a_signal_goes_on_in_the_same_mlflow_run(tmp_path:
     assert status["state"] == "preempted", output
     assert 0 < status["global_step"] < 160
     assert "to continue, the same command with run.name=stopped" in output
+    wait_until_shown(run, "preempted")  # the training waits 10 s at most for its publisher
     assert [r.info.status for r in mlflow_runs(tmp_path)] == ["KILLED"]
     done = torchrun(tmp_path, *settings)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -316,6 +317,12 @@ def test_a_training_stopped_by_a_signal_goes_on_in_the_same_mlflow_run(tmp_path:
     assert resumed.info.status == "FINISHED"
     points = client(tmp_path).get_metric_history(resumed.info.run_id, "train/loss")
     assert sorted(point.step for point in points) == list(range(10, 161, 10))
+
+
+def wait_until_shown(run: Path, state: str) -> None:
+    """In MLflow, by the publisher, which outlives a training for a moment; only then may others open the store."""
+    published = run / "published.json"
+    _wait_for(lambda: published.exists() and f'"shown": "{state}"' in published.read_text())
 
 
 def _wait_for(condition: Any, timeout: float = 90.0) -> None:
@@ -371,9 +378,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_what_the_user_reads(tmp_path: 
     root_cause = done.stderr[done.stderr.index("Root Cause") :]
     assert "ArithmeticError: the cause" in root_cause
     assert json.loads((tmp_path / "runs" / "failing" / "status.json").read_text())["state"] == "failed"
-    # the publisher outlives the training for a moment; only then may the store be opened from here
-    published = tmp_path / "runs" / "failing" / "published.json"
-    _wait_for(lambda: published.exists() and '"shown": "failed"' in published.read_text())
+    wait_until_shown(tmp_path / "runs" / "failing", "failed")
     assert [run.info.status for run in mlflow_runs(tmp_path)] == ["FAILED"]
 
 

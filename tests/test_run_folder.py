@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import CommandLine, Config, load_config
+from pipeline.credentials import without_credentials
 from pipeline.run_folder import (
     IDENTITY,
     RunError,
@@ -28,7 +29,6 @@ from pipeline.run_folder import (
     locked,
     slurm_run_name,
     training_lock,
-    without_credentials,
 )
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "default.yaml"
@@ -378,6 +378,9 @@ def test_a_waiting_lock_waits(tmp_path: Path) -> None:
         ("http://user:secret@host:5000/path", "http://host:5000/path"),
         ("https://token@host", "https://host"),
         ("postgresql://u:p@ss@host/db?x=a@b", "postgresql://host/db?x=a@b"),
+        ("postgresql://user:p/s?s@host/db", "postgresql://host/db"),
+        ("http://host:5000/path@2", "http://host:5000/path@2"),
+        ("postgresql:///db?user=u&password=geheim", "postgresql:///db?user=u&password=***"),
         ("sqlite:////tmp/a@b.db", "sqlite:////tmp/a@b.db"),
     ],
 )

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.checkpoint import Checkpoints, TrainingState, save_atomically
-from pipeline.run_folder import RunFolder, State, without_credentials
+from pipeline.credentials import without_credentials
+from pipeline.run_folder import RunFolder, State
 from pipeline.tracking.journal import KILLED, Journal
 from train.evaluation import Evaluator
 

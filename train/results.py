@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.config import Config
 from pipeline.data.datasets import Dataset, DatasetInfo
 from pipeline.metrics import Evaluation
 from pipeline.run_folder import RunFolder
+from pipeline.tracking.progress import Progress
 from train.build import network_arguments
 from train.evaluation import Predictions
 from train.output import FolderOutput
@@ -113,26 +115,24 @@ def describe_sample(info: DatasetInfo, predictions: Predictions) -> str:
     return f"test sample 0: predicted {predicted} ({float(predictions.confidence[0]):.1%} confident), truth {truth}"
 
 
-def describe_model(folder: RunFolder) -> list[str]:
+def sync_command(folder: RunFolder) -> str:
+    return f"python -m pipeline sync {shlex.quote(os.path.relpath(folder.path))}"
+
+
+def describe_model(progress: Progress) -> list[str]:
     """What the publisher made of the best weights, if it did."""
-    status = folder.status()
-    if "mlflow_model_id" not in status:
-        return []
-    outcome = f"; {status['mlflow_model_outcome']}" if "mlflow_model_outcome" in status else ""
-    return [f"the model in MLflow: models:/{status['mlflow_model_id']}{outcome}"]
+    model_id, outcome = progress.get("model_id"), progress.get("model_outcome")
+    return [f"the model in MLflow: models:/{model_id}" + (f", {outcome}" if outcome else "")] if model_id else []
 
 
-def describe_opening(folder: RunFolder, uri: str, *, published: bool) -> str:
+def describe_opening(folder: RunFolder, progress: Progress, *, published: bool) -> str:
     """How to look at the run, or how to publish what is missing."""
-    sync = f"python -m pipeline sync {os.path.relpath(folder.path)}"
-    status = folder.status()
+    uri, ids = progress.store_uri, (progress.get("mlflow_experiment_id"), progress.get("mlflow_run_id"))
     if not published:
-        return f"MLflow at {uri} has not everything yet; nothing is lost, publish the rest with: {sync}"
-    page = (
-        f"#/experiments/{status['mlflow_experiment_id']}/runs/{status['mlflow_run_id']}?workflowType=machine_learning"
-    )
+        return f"MLflow at {uri} has not everything yet; nothing is lost, publish the rest with: {sync_command(folder)}"
+    page = f"#/experiments/{ids[0]}/runs/{ids[1]}?workflowType=machine_learning"
     if uri.startswith("http"):
         return f"look at the run: {uri.rstrip('/')}/{page}"
     is_default = uri == f"sqlite:///{Path('mlflow.db').absolute()}"  # what a bare `mlflow server` opens
-    store = "" if is_default else f" --backend-store-uri {uri}"
+    store = "" if is_default else f" --backend-store-uri {shlex.quote(uri)}"
     return f"look at the run: mlflow server{store}, then open http://127.0.0.1:5000/{page}"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.checkpoint import TrainingState
 from pipeline.config import Config
+from pipeline.credentials import without_credentials
 from pipeline.data.datasets import Dataset
 from pipeline.distributed import Launch, Rank
 from pipeline.provenance import collect_provenance
@@ -24,14 +25,21 @@ from pipeline.run_folder import (
     check_resumable,
     choose_run,
     training_lock,
-    without_credentials,
 )
 from pipeline.tracking.journal import Journal, now_ms
 from pipeline.tracking.process import PublisherProcess, SamplerProcess
+from pipeline.tracking.progress import Progress
 from train.build import build_checkpoints, build_schedule
 from train.evaluation import Predictions
 from train.output import NUM_SLIDE_IMAGES, FolderOutput, NullOutput, RunOutput
-from train.results import describe_model, describe_opening, describe_sample, write_results, write_slide_images
+from train.results import (
+    describe_model,
+    describe_opening,
+    describe_sample,
+    sync_command,
+    write_results,
+    write_slide_images,
+)
 from train.trainer import Outcome, Trainer
 
 PREEMPTED_TIMEOUT = 10.0
@@ -94,6 +102,8 @@ class Attempt:
                 folder.name,
                 status["epoch"],
             )
+            if self.config.tracking.enabled and not Progress(folder, self.uri).is_complete():
+                logger.info("MLflow has not everything of it; publish the rest with: %s", sync_command(folder))
             return Start("", folder.path, None, is_finished=True)
         journal = Journal(folder.journal)
         prefix = f"resume.{journal.num_attempts}." if journal.run_id else ""
@@ -101,8 +111,14 @@ class Attempt:
         write_slide_images(folder, self.dataset, NUM_SLIDE_IMAGES)
         run_id = self._record_beginning(folder, journal, state)
         if self.config.tracking.enabled:
-            self.publisher = PublisherProcess(folder.path, self.uri)
+            self._start_publisher(folder)
         return Start(run_id, folder.path, state)
+
+    def _start_publisher(self, folder: RunFolder) -> None:
+        try:
+            self.publisher = PublisherProcess(folder.path, self.uri)
+        except OSError as error:
+            logger.warning("nothing is published while it trains: %s", error)
 
     def _record_beginning(self, folder: RunFolder, journal: Journal, state: TrainingState | None) -> str:
         assert self.output is not None
@@ -192,6 +208,7 @@ class Attempt:
             self.output.end("failed", f"{type(cause).__name__}: {cause}")
         except OSError as error:  # a full disk, say: must not hide what made the training fail
             logger.warning("the failure cannot be recorded in %s: %s", self.output.folder.path, error)
+        logger.warning("failed; what MLflow does not get now is published by: %s", sync_command(self.output.folder))
 
     def close(self, outcome: Outcome | None) -> None:
         """After the process group is left: wait for the publisher, and say the last lines."""
@@ -199,22 +216,21 @@ class Attempt:
             return
         for line in self.last_lines:
             logger.info("%s", line)
-        published = True
+        published = False
         if self.publisher is not None:
             logger.info("publishing to %s", without_credentials(self.uri))
             timeout = self.config.tracking.close_timeout
             if outcome == "preempted":
                 timeout = min(timeout, PREEMPTED_TIMEOUT)
             published = self.publisher.wait(timeout)
-        folder, uri = self.output.folder, without_credentials(self.uri)
-        if self.publisher is None:
-            opening = f"tracking is off; publish the run with: python -m pipeline sync {os.path.relpath(folder.path)}"
-        else:
-            opening = describe_opening(folder, uri, published=published)
+        folder, progress = self.output.folder, Progress(self.output.folder, self.uri)
         if published and outcome == "finished":
-            for line in describe_model(folder):
+            for line in describe_model(progress):
                 logger.info("%s", line)
-        logger.info("%s", opening)
+        if self.config.tracking.enabled:
+            logger.info("%s", describe_opening(folder, progress, published=published))
+        else:
+            logger.info("tracking is off; publish the run with: %s", sync_command(folder))
         if self.config.data.dataset == "digits":
             logger.info("%s", DIGITS_NOTE)
 

@@ -24,6 +24,8 @@ from train.output import RunOutput
 from train.profiling import Profiler
 from train.step import Step
 
+NUM_SLIDES = 32
+"""Of predictions over a training, at most."""
 Outcome = Literal["finished", "preempted"]
 
 
@@ -168,7 +170,8 @@ class Trainer:
         self.last_evaluation = evaluation
         values = {"eval/loss": evaluation.loss, "eval/accuracy": evaluation.accuracy}
         self.output.metrics(values | {"time/evaluation_seconds": seconds}, self.position.global_step)
-        self.output.predictions(self.evaluator, self.position.global_step)
+        if self._is_slide_due():
+            self.output.predictions(self.evaluator, self.position.global_step)
         self.display.evaluated(self.position.epoch, evaluation, seconds)
         value = values[self.config.checkpoint.metric]
         if self.best is None or is_better(self.config.checkpoint.metric, value, self.best.value):
@@ -209,6 +212,11 @@ class Trainer:
         self.precision.load_state_dict(state.scaler)
         self.meter.load_state(state.meter, self.rank)
         self.position, self.best = state.position, state.best
+
+    def _is_slide_due(self) -> bool:
+        """At evaluations evenly over the training, and at its last."""
+        epochs, number = self.config.train.epochs, self.position.epoch + 1
+        return number == epochs or number % -(-epochs // NUM_SLIDES) == 0
 
     def _is_due(self, every: int | None) -> bool:
         """Every so many optimizer steps of the whole training, wherever it was resumed."""

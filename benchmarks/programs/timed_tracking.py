@@ -2,7 +2,8 @@
 
 torchrun --nproc_per_node=2 -m benchmarks.programs.timed_tracking train.log_every=1 [key=value ...]
 
-Takes what train/main.py takes. All epochs count, from the first step on, but nothing outside the loop over the batches.
+Takes what train/main.py takes. All epochs count, from the first step on, with their evaluations and checkpoints, but
+nothing before or behind them.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from typing import Any
 from benchmarks.harness import ROOT, print_result
 from pipeline.distributed import Launch, start_logging
 from pipeline.preemption import StopRequest
+from pipeline.run_folder import RunFolder
 from pipeline.timing import StartupTimer
+from pipeline.tracking.journal import Journal
 from train import build
 from train.main import read_config
 from train.output import FolderOutput
 from train.session import open_session
-from train.trainer import Trainer
 
-METHODS = ("metrics", "append", "append_all", "status", "sync")
-"""Of the journal: everything a training does with it."""
+METHODS = {
+    Journal: ("metrics", "append", "append_all", "status", "sync"),
+    FolderOutput: ("predictions",),
+    RunFolder: ("update_status",),
+}
+"""All that a training does for what is shown of it, in MLflow and in its status."""
 
 
 class CallLog:
@@ -39,7 +45,7 @@ class CallLog:
         self._is_inside = False
 
     def time_loop(self, owner: object, name: str) -> None:
-        """Only within calls of this method anything counts."""
+        """Only within calls of the methods that are given to this anything counts; none of them may call another."""
         function = getattr(owner, name)
 
         def timed(*arguments: Any) -> Any:
@@ -53,6 +59,7 @@ class CallLog:
         setattr(owner, name, timed)
 
     def time_calls(self, owner: object, name: str) -> None:
+        """`owner`: an object, or a class for all of its objects."""
         function: Callable[..., Any] = getattr(owner, name)
 
         def timed(*arguments: Any, **named: Any) -> Any:
@@ -91,19 +98,16 @@ def main() -> None:
             trainer = build.build_trainer(
                 config, rank, dataset, session.output, StopRequest(), StartupTimer(), session.start.run_id
             )
-            time_tracking(trainer, log)
+            for name in ("train_epoch", "evaluate"):
+                log.time_loop(trainer, name)
+            for owner, names in METHODS.items():
+                for name in names:
+                    log.time_calls(owner, name)
             session.end(trainer.fit(), trainer)
     if launch.rank == 0:
         steps = trainer.position.global_step
         print_result({"loop_seconds": log.loop_seconds, "steps": steps, "calls": log.summary()})
     session.close()
-
-
-def time_tracking(trainer: Trainer, log: CallLog) -> None:
-    log.time_loop(trainer, "train_epoch")
-    if isinstance(trainer.output, FolderOutput):  # of rank 0
-        for name in METHODS:
-            log.time_calls(trainer.output.journal, name)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.commands.publish import publish, start_logging
-from pipeline.run_folder import RunFolder, is_being_trained, without_credentials
+from pipeline.credentials import without_credentials
+from pipeline.run_folder import RunFolder, is_being_trained
 from pipeline.tracking.journal import iterate
 from pipeline.tracking.progress import Progress
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_dir", type=Path, nargs="*", help="run folders, e.g. runs/mnist; default: all of --runs with something left"
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to look for run folders (runs)")
-    parser.add_argument("--uri", help="MLflow server or store; default: MLFLOW_TRACKING_URI, else that of the run")
+    parser.add_argument("--uri", help="MLflow server or store; default: that of the run")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,7 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     folders = named or [RunFolder(path.parent.absolute()) for path in sorted(arguments.runs.glob("*/journal.jsonl"))]
     rows, exit_code = [], 0
     for folder in folders:
-        row, succeeded = sync(folder, arguments.uri, only_if_left=not named)
+        try:
+            row, succeeded = sync(folder, arguments.uri, only_if_left=not named)
+        except (OSError, ValueError) as error:  # a folder of somebody else, say: the others are published all the same
+            row, succeeded = {"run": folder.name, "outcome": f"cannot be read: {error}"}, False
         if row is not None:
             rows.append(row)
         exit_code = max(exit_code, 0 if succeeded else 1)
@@ -54,10 +58,10 @@ def sync(folder: RunFolder, uri: str | None, *, only_if_left: bool) -> tuple[dic
     if is_being_trained(folder):
         outcome = "is being trained now; its own publisher is at work"
         return (None, True) if only_if_left else (row | {"outcome": outcome}, False)
-    record = next((record for record, _ in iterate(folder.journal) if record["kind"] == "run"), None)
-    if record is None:
-        return row | {"outcome": "its journal does not name its run: nothing can be published"}, False
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or record["tracking_uri"]
+    record = next((record for record, _ in iterate(folder.journal, kinds=("run",))), None)
+    if record is None:  # killed before it recorded anything
+        return (None, True) if only_if_left else (row | {"outcome": "nothing was recorded"}, True)
+    uri = uri or with_credentials(str(folder.status().get("tracking_uri", record["tracking_uri"])))
     if only_if_left and Progress(folder, uri).is_complete():
         return None, True
     succeeded, counts = publish(folder, uri, lambda: False)
@@ -66,6 +70,12 @@ def sync(folder: RunFolder, uri: str | None, *, only_if_left: bool) -> tuple[dic
     outcome = f"{what} to {where}" if succeeded else f"NOT all published to {where} (--uri names another server)"
     mlflow_id = str(Progress(folder, uri).get("mlflow_run_id") or "")
     return row | {"MLflow run": mlflow_id, **{c: f"{counts[c]:,}" for c in COLUMNS}, "outcome": outcome}, succeeded
+
+
+def with_credentials(uri: str) -> str:
+    """Run folders have no credentials: they come from the environment, if that names the same store."""
+    known = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return known if without_credentials(known) == uri else uri
 
 
 def format_table(rows: Sequence[Mapping[str, str]]) -> str:

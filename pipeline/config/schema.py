@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
+from pipeline.credentials import without_credentials
+
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -147,7 +149,7 @@ with warnings.catch_warnings():
             None,
             min_length=1,
             max_length=250,
-            pattern=r"^[^/:]+$",
+            pattern=r"^[^/:'\\]+$",
             description="registered model that gets a version of this run; champion if it beats that; null: none",
         )
         system_every: float = Field(
@@ -258,11 +260,11 @@ def _check_uri(uri: str | None) -> Iterable[Problem]:
     except ValueError as error:
         yield Problem(("tracking.uri",), f"tracking.uri = {uri}: is no URI ({error})")
         return
-    if parts.password or parts.username:
+    if without_credentials(uri) != uri:
         yield Problem(
             ("tracking.uri",),
-            "tracking.uri: holds a user name or password, which would be written into the run folder; set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or all of MLFLOW_TRACKING_URI) instead",
+            "tracking.uri: holds a user name, password or other secret, which would be written into the run folder; "
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or all of MLFLOW_TRACKING_URI) instead",
         )
     elif parts.scheme.partition("+")[0] not in schemes and uri != "databricks":
         yield Problem(("tracking.uri",), f"tracking.uri = {uri}: accepted: a URI that starts with {', '.join(schemes)}")

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+from pipeline.distributed import share
 from pipeline.seeding import stream_seed
 
 
@@ -22,11 +23,6 @@ class StepIndices:
     """Samples of the step over all ranks; smaller than the global batch size at the end of an epoch."""
     micro_batches: tuple[torch.Tensor, ...]
     """int64 indices into the dataset of this rank, one tensor per accumulation step; some may be empty."""
-
-
-def share(count: int, index: int, parts: int) -> slice:
-    """The `index`-th of `parts` contiguous shares of `count` things; sizes differ by one at most."""
-    return slice(count * index // parts, count * (index + 1) // parts)
 
 
 class GlobalOrderSampler(DistributedSampler[int]):

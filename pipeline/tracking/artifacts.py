@@ -13,6 +13,8 @@ from pipeline.tracking import figures
 from pipeline.tracking.journal import iterate
 
 Record = dict[str, Any]
+MAX_POINTS = 100_000
+"""Of a curve."""
 
 
 def draw_evaluation(folder: RunFolder, record: Record) -> list[Path]:
@@ -53,14 +55,17 @@ def draw_samples(folder: RunFolder, record: Record) -> Path:
 
 
 def draw_history(folder: RunFolder) -> list[Path]:
-    """Learning curves from all metrics of the journal; nothing for a run that recorded none."""
+    """Learning curves from the metrics of the journal; nothing for a run that recorded none."""
     history: dict[str, list[tuple[int, float]]] = defaultdict(list)
     steps_per_epoch = 1
-    for record, _ in iterate(folder.journal):
-        if record["kind"] == "metric":
-            history[record["key"]].append((record["step"], record["value"]))
-        elif record["kind"] == "params":
+    for record, _ in iterate(folder.journal, kinds=("params",), keys=figures.CURVES):
+        if record["kind"] == "params":
             steps_per_epoch = record["values"]["steps_per_epoch"]
+            continue
+        points = history[record["key"]]
+        points.append((record["step"], record["value"]))
+        if len(points) > MAX_POINTS:  # more than a figure can show
+            del points[1::2]
     if not history:
         return []
     folder.figures.mkdir(exist_ok=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+
+from pipeline.tracking.journal import iterate
 
 Record = Mapping[str, Any]
 RECIPE = (
@@ -66,9 +69,10 @@ class Story:
             self.attempts.append(moment)
 
 
-def describe_run(records: Iterable[Record], folder: str) -> str:
+def describe_run(journal: Path, folder: str) -> str:
     """Recipe, command, result and attempts. `folder` is where the run lies on its machine."""
-    story = Story.of(records)
+    kinds, keys = ("run", "params", "tags", "model", "status"), ("eval/accuracy", "eval/loss")
+    story = Story.of(record for record, _ in iterate(journal, kinds=kinds, keys=keys))
     parts = [_result(story), _recipe(story), _attempts(story), f"Run folder: `{folder}`"]
     if story.command:
         parts.insert(2, f"```\n{story.command}\n```")

@@ -26,6 +26,7 @@ BLUE, SKY, ORANGE, VERMILLION, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#D55E00
 INK, GREY, FAINT = "#222222", "#666666", "#DDDDDD"
 CORRECT = LinearSegmentedColormap.from_list("correct", ["white", SKY, BLUE])
 ERRORS = LinearSegmentedColormap.from_list("errors", ["white", ORANGE, VERMILLION, "#6B2F00"])
+CURVES = ("train/loss", "eval/loss", "train/accuracy", "eval/accuracy", "train/lr", "perf/images_per_second")
 MAX_PREDICTIONS, MAX_CLASSES_WITH_COUNTS = 64, 20
 
 Array = NDArray[Any]
@@ -37,13 +38,12 @@ def draw_learning_curves(
 ) -> Path:
     """Draw loss, accuracy (shares, 0 to 1, as %), learning rate and, where measured, throughput by epoch.
 
-    `history` maps {train,eval}/{loss,accuracy}, train/lr and perf/images_per_second to (optimizer step,
-    value) pairs; any may be missing or empty. Non-finite values are left out; of a step recorded twice (as a
-    resumed run does) the last value counts. Raises ValueError if `steps_per_epoch` is below 1.
+    `history` maps each of CURVES to (optimizer step, value) pairs; any may be missing or empty. Non-finite values are
+    left out; of a step recorded twice (as a resumed run does) the last value counts. Raises ValueError if
+    `steps_per_epoch` is below 1.
     """
     _require(steps_per_epoch >= 1, "steps_per_epoch", steps_per_epoch, "1 or more")
-    names = "train/loss eval/loss train/accuracy eval/accuracy train/lr perf/images_per_second"
-    curves = [_curve(history.get(name, ()), steps_per_epoch) for name in names.split()]
+    curves = [_curve(history.get(name, ()), steps_per_epoch) for name in CURVES]
     last = max((epochs[-1] for epochs, _ in curves if len(epochs)), default=0.0) or 1.0
     figure = _new_figure(8.4, 4.4, title)
     layout: Any = [["loss", "accuracy"], ["rate", "speed" if len(curves[5][0]) else "rate"]]

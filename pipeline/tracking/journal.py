@@ -16,22 +16,24 @@ Every line has `v` (1) and `kind`:
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.run_folder import without_credentials
+from pipeline.credentials import without_credentials
 
 Record = dict[str, Any]
 
 VERSION = 1
 NAME_LENGTH = 250
+TAIL_BYTES = 2**18
 NONFINITE = "_nonfinite"
 KILLED = "killed, or its machine failed"
 """Why an attempt ended that recorded no end."""
@@ -39,7 +41,11 @@ encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode  # json
 
 
 class Journal:
-    """Appends records. One `write` a call, so that a reader never sees half of one but after a crash."""
+    """Appends records. One `write` a call, so that a reader never sees half of one but after a crash.
+
+    While the disk is full, records are kept in memory: they are written when there is room again, and `sync` raises
+    until then.
+    """
 
     def __init__(self, path: Path):
         """Opens or creates `path`; a line torn by a crash is cut off."""
@@ -56,6 +62,7 @@ class Journal:
             self._remember(record)
             complete_bytes = end
         os.ftruncate(self._file, complete_bytes)
+        self._unwritten = b""
 
     def _remember(self, record: Record) -> None:
         match record["kind"]:
@@ -74,9 +81,24 @@ class Journal:
 
     def append_all(self, records: list[Record]) -> None:
         """Records that make sense only together, in one write. Credentials in params and tags are left out."""
-        data = "".join(encode({"v": VERSION, **_without_credentials(record)}) + "\n" for record in records).encode()
-        while data:
-            data = data[os.write(self._file, data) :]
+        lines = "".join(encode({"v": VERSION, **_without_credentials(record)}) + "\n" for record in records)
+        self._unwritten += lines.encode()
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+
+    def _write(self) -> None:
+        """All that is not written yet, or nothing: half a line would spoil the next."""
+        size, data = os.fstat(self._file).st_size, self._unwritten
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+        except OSError:
+            os.ftruncate(self._file, size)
+            raise
+        self._unwritten = b""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics of one step. A (key, step) recorded before a resume is not recorded again.
@@ -107,7 +129,8 @@ class Journal:
         self._remember(record)
 
     def sync(self) -> None:
-        """Force what was appended to the disk."""
+        """Force what was appended to the disk. Raises OSError if that cannot be."""
+        self._write()
         os.fsync(self._file)
 
     def close(self) -> None:
@@ -128,20 +151,33 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[Record], int]:
     return [record for record, _ in entries], entries[-1][1] if entries else offset
 
 
-def iterate(path: Path, offset: int = 0) -> Iterator[tuple[Record, int]]:
-    """The complete records from byte `offset` on, each with the offset behind it.
+def iterate(
+    path: Path, offset: int = 0, end: int | None = None, *, kinds: Collection[str] = (), keys: Collection[str] = ()
+) -> Iterator[tuple[Record, int]]:
+    """The complete records from byte `offset` to `end`, each with the offset behind it.
 
-    A line without its end is being written, or was torn by a crash: it is left for the next reading. Raises ValueError
-    naming file and byte for a complete line that is no record.
+    With `kinds`, or `keys` of metrics, only those: the others are not decoded, which is twenty times as fast. A line
+    without its end is being written, or was torn by a crash: it is left for the next reading. Raises ValueError naming
+    file and byte for a complete line that is no record.
     """
+    wanted = [f'"kind":"{kind}"'.encode() for kind in kinds] + [f'"key":{encode(key)}'.encode() for key in keys]
     with path.open("rb") as file:
         file.seek(offset)
         for line in file:
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") or (end is not None and offset >= end):
                 return
-            record = _decode(line, path, offset)
-            offset += len(line)
-            yield record, offset
+            begin, offset = offset, offset + len(line)
+            if not wanted or any(mark in line for mark in wanted):
+                yield _decode(line, path, begin), offset
+
+
+def last_moment(path: Path) -> int | None:
+    """When the last of the records with a time was written, in ms since 1970."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = file.read().split(b"\n")[1:-1]  # the first may be cut, behind the last is none or a torn one
+    times = [json.loads(line).get("timestamp_ms") for line in lines]
+    return max((moment for moment in times if moment is not None), default=None)
 
 
 def _decode(line: bytes, path: Path, offset: int) -> Record:

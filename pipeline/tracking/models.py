@@ -35,8 +35,11 @@ def log_model(folder: RunFolder, client: MlflowClient, uri: str, run_id: str, re
     experiment_id = client.get_run(run_id).info.experiment_id
     logged = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
     # MLflow creates the entry before it uploads: one that is not READY was interrupted
-    known = [m for m in logged if m.tags.get(WEIGHTS_TAG) == record["sha256"] and m.status.name == "READY"]
-    return str(known[0].model_id) if known else _log_pt2(folder, uri, run_id, record, model)
+    mine = [m for m in logged if m.tags.get(WEIGHTS_TAG) == record["sha256"]]
+    for interrupted in (m for m in mine if m.status.name != "READY"):
+        client.delete_logged_model(interrupted.model_id)
+    ready = [m for m in mine if m.status.name == "READY"]
+    return str(ready[0].model_id) if ready else _log_pt2(folder, uri, run_id, record, model)
 
 
 def _log_pt2(folder: RunFolder, uri: str, run_id: str, record: Record, model: Any) -> str:
@@ -79,11 +82,8 @@ def tie_to_metrics(folder: RunFolder, client: MlflowClient, run_id: str, record:
 
 def _evaluation_of(folder: RunFolder, record: Record) -> list[Record]:
     """The points of the evaluation at the step of a `model` record."""
-    return [
-        r
-        for r, _ in iterate(folder.journal)
-        if r["kind"] == "metric" and r["step"] == record["step"] and r["key"].startswith("eval/")
-    ]
+    points = (r for r, _ in iterate(folder.journal, keys=("eval/accuracy", "eval/loss")))
+    return [r for r in points if r["step"] == record["step"]]
 
 
 def register(folder: RunFolder, client: MlflowClient, run_id: str, record: Record, model_id: str) -> str:
@@ -117,28 +117,34 @@ def register(folder: RunFolder, client: MlflowClient, run_id: str, record: Recor
 
 def _challenge(client: MlflowClient, name: str, version: str) -> str:
     """Make `version` the champion if it is to be; what was decided."""
-    mine = client.get_model_version(name, version)
-    champion = _find_champion(client, name)
+    mine, champion = client.get_model_version(name, version), _find_champion(client, name)
     if champion is not None and champion.version == mine.version:
         return "it is the champion"
     if mine.tags["value"] == "None":
         return f"{CHAMPION} stays: its {mine.tags['metric']} is not finite"
-    if champion is not None:
-        for key in ("metric", "dataset_digest"):
-            if champion.tags.get(key) != mine.tags[key]:
-                return (
-                    f"{CHAMPION} stays version {champion.version}: it cannot be compared, its {key} is "
-                    f"{champion.tags.get(key)}, and that of version {version} is {mine.tags[key]}"
-                )
-        now, before = float(mine.tags["value"]), float(champion.tags["value"])
-        is_better = now < before if mine.tags["metric"].endswith("loss") else now > before
-        comparison = f"{mine.tags['metric']} {now:.6g} against {before:.6g} of version {champion.version}"
-        if not is_better:
-            return f"{CHAMPION} stays version {champion.version}: {comparison}"
+    if champion is None:
         client.set_registered_model_alias(name, CHAMPION, version)
-        return f"it is the new {CHAMPION}: {comparison}"
+        return f"it is the first {CHAMPION}"
+    for key in ("metric", "dataset_digest"):
+        if champion.tags.get(key) != mine.tags[key]:
+            return (
+                f"{CHAMPION} stays version {champion.version}: it cannot be compared, its {key} is "
+                f"{champion.tags.get(key)}, and that of version {version} is {mine.tags[key]}"
+            )
+    values = f"{mine.tags['metric']} {_value(mine):.6g} against {_value(champion):.6g} of version {champion.version}"
+    if not _beats(mine, champion):
+        return f"{CHAMPION} stays version {champion.version}: {values}"
     client.set_registered_model_alias(name, CHAMPION, version)
-    return f"it is the first {CHAMPION}"
+    return f"it is the new {CHAMPION}: {values}"
+
+
+def _value(version: Any) -> float:
+    return float(version.tags["value"])
+
+
+def _beats(version: Any, other: Any) -> bool:
+    lower_is_better = version.tags["metric"].endswith("loss")
+    return _value(version) < _value(other) if lower_is_better else _value(version) > _value(other)
 
 
 def _find_champion(client: MlflowClient, name: str) -> Any:

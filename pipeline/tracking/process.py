@@ -89,7 +89,8 @@ def start_beside(
     try:
         with log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *command, "--follow", str(os.getpid())],
+                # -P: not a folder called pipeline where the training was started
+                [sys.executable, "-P", "-m", "pipeline", *command, "--follow", str(os.getpid())],
                 env=os.environ | settings | environment,
                 stdin=stdin,
                 stdout=output,

@@ -9,35 +9,29 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from PIL import Image
 
-from pipeline.run_folder import RunFolder, without_credentials
-from pipeline.tracking.artifacts import draw_evaluation, draw_filters, draw_history, draw_samples
-from pipeline.tracking.description import describe_run
-from pipeline.tracking.journal import KILLED, iterate, read_journal
-from pipeline.tracking.models import file_digest, log_model, register, tie_to_metrics
+from pipeline.credentials import without_credentials
+from pipeline.run_folder import RunFolder
+from pipeline.tracking.journal import KILLED, iterate, last_moment
 from pipeline.tracking.progress import Progress
 from pipeline.tracking.store import find_or_create_run, is_refusal, open_store, run_exists
+from pipeline.tracking.uploads import TAG_LENGTH, LoadModel, Uploads
 
 Record = dict[str, Any]
-LoadModel = Callable[[Path, Record], Any]
-"""(run folder, `model` record) -> the network in eval mode, taking float32 pixels in 0..255."""
 
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 PARAM_LENGTH = 6000
-TAG_LENGTH = 8000
 REASON_LENGTH = 500
 MLFLOW_STATUS = {"running": "RUNNING", "finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 logger = logging.getLogger("convoy")
@@ -49,11 +43,11 @@ class Publisher:
     def __init__(self, folder: RunFolder, uri: str, load_model: LoadModel):
         self._folder = folder
         self._uri = uri
-        self._load_model = load_model
         self._client: MlflowClient | None = None
         self._progress = Progress(folder, uri)
         self.counts: Counter[str] = Counter()
         """What was published from here, by kind: points, params, tags, files, models."""
+        self._uploads = Uploads(folder, uri, self._progress, load_model, self.counts)
 
     @property
     def state(self) -> str | None:
@@ -61,76 +55,78 @@ class Publisher:
         state: str | None = self._progress.get("state")
         return state
 
-    def drain(self, *, training_alive: bool) -> None:
+    def drain(self, is_training_alive: Callable[[], bool] = lambda: True) -> None:
         """Publish what journal and samples hold beyond the stored offsets.
 
-        A run that the journal says is running, but whose training is dead, is marked as failed.
+        A run that the journal says is running, but whose training is dead, is marked as failed, and that first of all.
+        Files come last, so that where only they cannot be stored, all else is there.
         """
-        client = self._connect()
-        for path in self._progress.files():
-            for batch, end in batches(iterate(path, self._progress.offset(path))):
-                self._publish_accepted(client, batch)
-                self._progress.advance(path, end)
-        if not training_alive and self._progress.get("shown") == "running":
-            self._show_death(client)
+        try:
+            client = self._connect()
+            self._drain_records(client, is_training_alive)
+            self._drain_files(client)
+            if self._progress.get("shown") != self._progress.get("described"):
+                self._uploads.describe(client, self._progress.get("shown"))
+        except Exception:
+            self._client = None  # to be connected anew, which finds a run that was deleted meanwhile
+            raise
+
+    def _drain_records(self, client: MlflowClient, is_training_alive: Callable[[], bool]) -> None:
+        found_dead = False
+        for path in self._progress.paths():
+            end = force_to_disk(path)
+            start = self._progress.offset(path)
+            for batch, offset, behind in batches(iterate(path, start, end), start):
+                if not found_dead and not is_training_alive():
+                    found_dead = self._show_death(client, is_training_alive)
+                if not (found_dead and batch[0]["kind"] == "status"):  # what is shown is newer
+                    self._publish_accepted(client, batch)
+                self._progress.advance(path, behind, offset if batch[0]["kind"] in Uploads.KINDS else None)
+        if not found_dead and not is_training_alive():
+            self._show_death(client, is_training_alive)
+
+    def _drain_files(self, client: MlflowClient) -> None:
+        for path, offset in self._progress.files_left:
+            record, _ = next(iterate(path, offset))
+            try:
+                self._uploads.publish(client, record)
+            except MlflowException as error:
+                self._pass_over(client, record, error)
+            self._progress.file_is_published(path, offset)
 
     def _publish_accepted(self, client: MlflowClient, records: list[Record]) -> None:
         """What the server refuses is named and left out. It would take its whole request along, so halves go apart."""
         try:
             self._publish(client, records)
         except MlflowException as error:
-            if not is_refusal(error):
-                raise
             parts = halves(records)
-            if not parts:
-                logger.warning("the server refuses %s: %s", _name(records[0]), error)
+            if not parts or not is_refusal(error):
+                self._pass_over(client, records[0], error)
             for part in parts:
                 self._publish_accepted(client, part)
+
+    def _pass_over(self, client: MlflowClient, record: Record, error: MlflowException) -> None:
+        """Raises `error` again if it is no refusal of this record: an outage, or a run that is gone or deleted."""
+        if not is_refusal(error) or not run_exists(client, self._run_id):
+            raise error
+        logger.warning("the server refuses %s: %s", _name(record), without_credentials(str(error)))
 
     def _publish(self, client: MlflowClient, records: list[Record]) -> None:
         """Records that `batches` has put together."""
         record = records[0]
         match record["kind"]:
             case "metric":
-                self._log_metrics(client, [Metric(*_point(r)) for r in records])
+                client.log_batch(self._run_id, metrics=[Metric(*_point(r)) for r in records])
+                self.counts["points"] += len(records)
             case "params":
                 self._log_params(client, record["values"])
             case "tags":
                 self._log_tags(client, record["values"])
             case "dataset":
                 client.log_inputs(self._run_id, [DatasetInput(_dataset(record))])
-            case "predictions":
-                self._log_predictions(client, record)
-            case "evaluation":
-                self._log_figures(client, partial(draw_evaluation, self._folder, record))
-            case "model":
-                self._publish_model(client, record)
-            case "artifact":
-                self._log_file(client, record["path"])
             case "status":
-                self._progress.store(state=record["state"])
                 self._show_state(client, record["state"], record.get("timestamp_ms"))
-
-    def _publish_model(self, client: MlflowClient, record: Record) -> None:
-        weights = self._folder.path / record["path"]
-        if not weights.is_file() or file_digest(weights) != record["sha256"]:
-            logger.warning("%s is gone, or was replaced by a later one: not logged", record["path"])
-            return
-        try:
-            model = self._load_model(self._folder.path, record)
-            self._log_figures(client, partial(draw_filters, self._folder, model))
-            model_id = log_model(self._folder, client, self._uri, self._run_id, record, model)
-            tie_to_metrics(self._folder, client, self._run_id, record, model_id)
-            self.counts["models"] += 1
-            self._folder.update_status(mlflow_model_id=model_id)
-            if record.get("register"):
-                outcome = register(self._folder, client, self._run_id, record, model_id)
-                logger.info("%s", outcome)
-                self._folder.update_status(mlflow_model_outcome=outcome)
-        except (MlflowException, OSError):
-            raise  # the server; tried again
-        except Exception as error:
-            logger.warning("the model cannot be logged, its weights are in %s: %s", record["path"], error)
+                self._progress.store(state=record["state"])
 
     @property
     def _run_id(self) -> str:
@@ -141,100 +137,84 @@ class Publisher:
             client = open_store(self._uri)
             if self._progress.get("mlflow_run_id") and not run_exists(client, self._run_id):
                 logger.warning(
-                    "run %s is not in %s any more: publishing all again", self._run_id, without_credentials(self._uri)
+                    "run %s is not in %s any more: publishing all again", self._run_id, self._progress.store_uri
                 )
                 self._progress.forget()
             if not self._progress.get("mlflow_run_id"):
-                record = next(record for record, _ in iterate(self._folder.journal) if record["kind"] == "run")
+                record, _ = next(iterate(self._folder.journal, kinds=("run",)))
                 run_id, experiment_id = find_or_create_run(client, self._uri, record)
                 self._progress.store(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
-                self._folder.update_status(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
+            self._name_run()
             self._client = client
         return self._client
 
-    def _log_metrics(self, client: MlflowClient, metrics: list[Metric]) -> None:
-        client.log_batch(self._run_id, metrics=metrics)
-        self.counts["points"] += len(metrics)
+    def _name_run(self) -> None:
+        """In status.json, unless this is a store to which the run was only copied."""
+        status, ids = self._folder.status(), ("mlflow_run_id", "mlflow_experiment_id")
+        known = {key: self._progress.get(key) for key in ids}
+        own_store = status.get("tracking_uri", self._progress.store_uri) == self._progress.store_uri
+        if own_store and {key: status.get(key) for key in ids} != known:
+            self._folder.update_status(**known)
 
     def _log_params(self, client: MlflowClient, values: dict[str, Any]) -> None:
         params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in values.items()]
         for begin in range(0, len(params), PARAMS_PER_REQUEST):
             client.log_batch(self._run_id, params=params[begin : begin + PARAMS_PER_REQUEST])
         self.counts["params"] += len(params)
-        self._log_artifact(client, self._folder.config, "")
 
     def _log_tags(self, client: MlflowClient, values: dict[str, Any]) -> None:
         client.log_batch(self._run_id, tags=[RunTag(key, str(value)[:TAG_LENGTH]) for key, value in values.items()])
         self.counts["tags"] += len(values)
 
-    def _log_artifact(self, client: MlflowClient, path: Path, place: str) -> None:
-        client.log_artifact(self._run_id, str(path), place or None)
-        self.counts["files"] += 1
-
-    def _log_figures(self, client: MlflowClient, draw: Callable[[], list[Path]]) -> None:
-        """A figure that cannot be drawn must not keep what stands behind it in the journal from being published."""
-        try:
-            figures = draw()
-        except Exception as error:
-            logger.warning("a figure cannot be drawn: %s: %s", type(error).__name__, error)
-            return
-        for figure in figures:
-            self._log_artifact(client, figure, "figures")
-
-    def _log_predictions(self, client: MlflowClient, record: Record) -> None:
-        """As a slide of the predictions, once: MLflow gives each upload a name of its own."""
-        names = [Path(file.path).name for file in client.list_artifacts(self._run_id, "images")]
-        # of its two files the last; MLflow separates with + or, in earlier versions, %
-        if any(re.fullmatch(rf"predictions[+%]step[+%]{record['step']}[+%].*\.webp", name) for name in names):
-            return
-        try:
-            image = Image.open(draw_samples(self._folder, record)).convert("RGB")
-        except Exception as error:
-            logger.warning("a figure cannot be drawn: %s: %s", type(error).__name__, error)
-            return
-        client.log_image(self._run_id, image, key="predictions", step=record["step"])
-        self.counts["files"] += 1
-
-    def _log_file(self, client: MlflowClient, path: str) -> None:
-        file = self._folder.path / path
-        if not file.is_file():
-            logger.warning("%s is gone: not logged", path)
-            return
-        self._log_artifact(client, file, str(Path(path).parent))
-
     def _show_state(self, client: MlflowClient, state: str, end_time: int | None) -> None:
         if state == "running":
             client.update_run(self._run_id, status=MLFLOW_STATUS[state])
         else:
-            self._log_figures(client, partial(draw_history, self._folder))
             client.set_terminated(self._run_id, MLFLOW_STATUS[state], end_time)
-        description = describe_run((record for record, _ in iterate(self._folder.journal)), str(self._folder.path))
-        client.set_tag(self._run_id, "mlflow.note.content", without_credentials(description)[:TAG_LENGTH])
-        self._progress.store(shown=state)
+        self._progress.store(shown=state, described=None)
 
-    def _show_death(self, client: MlflowClient) -> None:
-        """Of a training that could not say its last word; it ended when it recorded its last."""
-        records = read_journal(self._folder.journal)[0]
-        times = [record["timestamp_ms"] for record in records if "timestamp_ms" in record]
-        number = sum(record["kind"] == "status" and record["state"] == "running" for record in records)
-        client.set_tag(self._run_id, f"attempt.{number}.end", KILLED)
-        self._show_state(client, "failed", max(times, default=None))
-        self._folder.update_status(state="failed")
+    def _show_death(self, client: MlflowClient, is_training_alive: Callable[[], bool]) -> bool:
+        """Whether the training is gone without a last word; it ended when it recorded its last."""
+        states = [record["state"] for record, _ in iterate(self._folder.journal, kinds=("status",))]
+        if not states or states[-1] != "running":
+            return False
+        number = states.count("running")
+        if self._progress.get("killed") != number:
+            client.set_tag(self._run_id, f"attempt.{number}.end", KILLED)
+            self._show_state(client, "failed", last_moment(self._folder.journal))
+            if not is_training_alive():  # else another has resumed the run meanwhile
+                self._folder.update_status(state="failed")
+            self._progress.store(killed=number)
+        return True
 
 
-def batches(entries: Iterable[tuple[Record, int]]) -> Iterator[tuple[list[Record], int]]:
-    """What goes to the server in one piece, each with the offset behind it: metrics together, all else by itself."""
+def force_to_disk(path: Path) -> int:
+    """How many bytes of `path` a failure of the machine cannot take any more.
+
+    Else MLflow could have points of steps that are trained, and recorded, again.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        os.fdatasync(file.fileno())
+    return size
+
+
+def batches(entries: Iterable[tuple[Record, int]], start: int) -> Iterator[tuple[list[Record], int, int]]:
+    """What goes to the server in one piece: metrics together, all else by itself.
+
+    Each with the offsets of its last record and of what stands behind that; `start` is the offset of the first.
+    """
     batch: list[Record] = []
-    end = 0
+    begin = end = start
     for record, offset in entries:
         joins = batch and record["kind"] == batch[0]["kind"] == "metric" and len(batch) < METRICS_PER_REQUEST
         if batch and not joins:
-            yield batch, end
+            yield batch, begin, end
             batch = []
         batch.append(record)
-        end = offset
+        begin, end = end, offset
     if batch:
-        yield batch, end
+        yield batch, begin, end
 
 
 def halves(records: list[Record]) -> list[list[Record]]:
@@ -267,7 +247,7 @@ def follow(
         if not alive:
             deadline = min(deadline, time.monotonic() + after_death)
         try:
-            publisher.drain(training_alive=alive or is_being_trained())
+            publisher.drain(lambda: is_parent_alive() or is_being_trained())
             pause = 0.5
             if outage:
                 logger.info("tracking works again")

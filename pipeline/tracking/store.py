@@ -49,12 +49,21 @@ def run_exists(client: MlflowClient, run_id: str) -> bool:
 def find_or_create_run(client: MlflowClient, uri: str, record: dict[str, Any]) -> tuple[str, str]:
     """Ids of the MLflow run and experiment of a `run` record, found by our own id: creating is not idempotent."""
     experiment_id = find_or_create_experiment(client, uri, record["experiment"])
-    found = client.search_runs([experiment_id], f"tags.`{RUN_ID_TAG}` = '{record['run_id']}'", max_results=1)
-    if found:
-        return found[0].info.run_id, experiment_id
-    tags = {RUN_ID_TAG: record["run_id"], "mlflow.source.name": "convoy", "mlflow.source.type": "LOCAL"}
-    start = record.get("timestamp_ms")  # of the training, however late it is published
-    return client.create_run(experiment_id, start, tags, record["name"]).info.run_id, experiment_id
+    run_id = record["run_id"]
+    if not _find_runs(client, experiment_id, run_id):
+        tags = {RUN_ID_TAG: run_id, "mlflow.source.name": "convoy", "mlflow.source.type": "LOCAL"}
+        start = record.get("timestamp_ms")  # of the training, however late it is published
+        client.create_run(experiment_id, start, tags, record["name"])
+    # more than one if the server was so late with an earlier request that it was given up
+    kept, *surplus = _find_runs(client, experiment_id, run_id)
+    for other in surplus:
+        client.delete_run(other)
+    return kept, experiment_id
+
+
+def _find_runs(client: MlflowClient, experiment_id: str, run_id: str) -> list[str]:
+    """MLflow's ids, always in the same order."""
+    return sorted(run.info.run_id for run in client.search_runs([experiment_id], f"tags.`{RUN_ID_TAG}` = '{run_id}'"))
 
 
 def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
@@ -74,7 +83,7 @@ def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
 
 def sqlite_path(uri: str) -> Path | None:
     """The file of a `sqlite:///` URI, absolute."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute() if uri.startswith("sqlite:///") else None
 
 
 def is_refusal(error: MlflowException) -> bool:

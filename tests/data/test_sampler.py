@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.data.sampler import GlobalOrderSampler, share
+from pipeline.data.sampler import GlobalOrderSampler
+from pipeline.distributed import share
 
 
 def sampler(

@@ -1,6 +1,7 @@
 """Trainings whose publisher, first rank or all processes are killed by SIGKILL at random moments, and run again.
 
     python -m tests.tracking.kill_campaign --runs 4
+    python -m tests.tracking.kill_campaign --runs 4 --ranks 2
 
 Each run is killed five times: four times while it trains and once while its figures and its model are published; then
 `sync` is killed too, and called again. Prints what came of each, and ends with 1 if something is missing in MLflow, or
@@ -19,13 +20,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from mlflow import MlflowClient
 
 from pipeline.run_folder import RunFolder
+from tests.servers import server_environment
 from tests.tracking.history import differences, find_runs, recorded_history, stored_history
 from tests.tracking.recording import ROOT, publisher_pid
 
@@ -79,12 +83,15 @@ def draw_kills(seed: int) -> list[Kill]:
 
 
 class Training:
-    """The program with one command, started as often as it takes."""
+    """The program with one command, started as often as it takes: by itself, or by torchrun if there are more ranks."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, ranks: int = 1):
         self.run = folder / "runs" / name
         self.attempts = 0
-        self._command = [sys.executable, str(ROOT / "train" / "main.py"), *SETTINGS, f"run.name={name}"]
+        self._ranks = ranks
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        launcher = [*torchrun, f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        self._command = [sys.executable, *launcher, str(ROOT / "train" / "main.py"), *SETTINGS, f"run.name={name}"]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -95,7 +102,9 @@ class Training:
         self.attempts += 1
         folder = self.run.parents[1]
         with (folder / f"{self.run.name}.log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, cwd=folder, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                self._command, cwd=folder, env=server_environment(), stdout=log, stderr=log
+            )
 
     def wait_for(self, kill: Kill) -> None:
         """Returns early if the training ends."""
@@ -107,14 +116,34 @@ class Training:
         time.sleep(kill.seconds)
 
     def kill(self, victim: Victim) -> None:
-        """Whoever of them is alive."""
+        """Whoever of them is alive. Of more ranks, torchrun ends the others when rank 0 is dead."""
         assert self._process is not None
-        publisher = publisher_pid(self.run)
-        if victim in ("publisher", "all") and publisher is not None:
-            os.kill(publisher, signal.SIGKILL)
+        victims: list[int | None] = []
+        if victim in ("publisher", "all"):
+            victims.append(publisher_pid(self.run))
         if victim in ("rank 0", "all"):
-            self._process.kill()
-            self._process.wait()
+            victims += self._rank_pids()[: None if victim == "all" else 1]
+        if victim == "all" and self._process.poll() is None:
+            victims.append(self._process.pid)
+        for pid in filter(None, victims):
+            with suppress(ProcessLookupError):  # it has ended in between
+                os.kill(pid, signal.SIGKILL)
+        if victim != "publisher":
+            self._process.wait(PATIENCE)
+
+    def _rank_pids(self) -> list[int]:
+        """Of the ranks that are alive, in their order."""
+        assert self._process is not None
+        if self._process.poll() is not None:
+            return []
+        if self._ranks == 1:
+            return [self._process.pid]
+        ranks: dict[int, int] = {}
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self._process.pid).children():
+                with suppress(psutil.Error):
+                    ranks[int(child.environ()["RANK"])] = child.pid
+        return [ranks[rank] for rank in sorted(ranks)]
 
     def finish(self) -> None:
         """Run it until it has ended by itself with all trained."""
@@ -151,10 +180,10 @@ class Verdict:
     faults: list[str]
 
 
-def kill_and_resume(folder: Path, seed: int) -> Verdict:
+def kill_and_resume(folder: Path, seed: int, ranks: int = 1) -> Verdict:
     """One run named by its seed in `folder`, killed, finished and synced."""
     kills = draw_kills(seed)
-    training = Training(folder, f"seed-{seed}")
+    training = Training(folder, f"seed-{seed}", ranks)
     try:
         for kill in kills:
             training.start()
@@ -175,11 +204,17 @@ def sync_with_a_kill(run: Path, seconds: float) -> int:
     """Kill `sync` so long after its start, and call it again. The exit code of the second."""
     command = [sys.executable, "-m", "pipeline", "sync", str(run)]
     with (run.parents[1] / f"{run.name}.log").open("ab") as log:
+
+        def sync(timeout: float) -> int:
+            environment = server_environment()
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=timeout)
+            return done.returncode
+
         try:
-            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=seconds, check=False)
+            sync(seconds)
         except subprocess.TimeoutExpired:  # which kills it
             log.write(b"sync was killed\n")
-        return subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=PATIENCE, check=False).returncode
+        return sync(PATIENCE)
 
 
 def find_faults(client: MlflowClient, run: Path) -> list[str]:
@@ -210,6 +245,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=4, help="how many, each killed five times")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where they are kept; default: a temporary one")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="convoy-kills-") as temporary:
@@ -217,7 +253,7 @@ def main() -> int:
         folder.mkdir(exist_ok=True)
         num_wrong = 0
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.runs):
-            verdict = kill_and_resume(folder, seed)
+            verdict = kill_and_resume(folder, seed, arguments.ranks)
             killed = ", ".join(map(str, verdict.kills))
             outcome = "; ".join(verdict.faults) or "one run, all there, once"
             print(f"| {seed} | {killed} | {verdict.attempts} | {verdict.num_points:,} | {outcome} |", flush=True)

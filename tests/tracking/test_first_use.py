@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,16 +49,28 @@ def assert_complete(client: MlflowClient, run: Path) -> None:
     assert [model.status.name for model in models if model.source_run_id == found.info.run_id] == ["READY"]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.7])
-def test_a_file_whose_making_was_killed_is_made_again(tmp_path: Path, seconds: float) -> None:
-    """So long after its first bytes; MLflow takes more than a second to make its tables."""
-    command = [sys.executable, "-c", OPEN, f"sqlite:///{tmp_path / 'mlflow.db'}"]
-    with subprocess.Popen(command, cwd=ROOT) as first:
-        deadline = time.monotonic() + 60
-        while not any(path.stat().st_size for path in tmp_path.iterdir()):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(seconds)
-        first.kill()
-    assert first.returncode == -9
-    assert subprocess.run(command, cwd=ROOT, timeout=100, check=False).returncode == 0
+KILLED_BEFORE = """
+import os, sys
+import sqlalchemy
+
+num_statements, last = 0, int(sys.argv[2])
+
+def count(*_):
+    global num_statements
+    num_statements += 1
+    if num_statements > last:
+        os.kill(os.getpid(), 9)
+
+sqlalchemy.event.listen(sqlalchemy.engine.Engine, "before_cursor_execute", count)
+"""
+
+
+@pytest.mark.parametrize("num_statements", [20, 100, 500])
+def test_a_file_whose_making_was_killed_is_made_again(tmp_path: Path, num_statements: int) -> None:
+    """Behind so many statements of the database, of the more than a thousand in which MLflow makes its tables."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    command = [sys.executable, "-c", KILLED_BEFORE + OPEN, uri, str(num_statements)]
+    assert subprocess.run(command, cwd=ROOT, timeout=100, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "mlflow.db").exists()
+    assert [path for path in tmp_path.iterdir() if path.stat().st_size], "it was killed before it began"
+    assert subprocess.run([sys.executable, "-c", OPEN, uri], cwd=ROOT, timeout=100, check=False).returncode == 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
+import os
 import random
 import time
 from multiprocessing.synchronize import Event
@@ -15,7 +17,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric
 
-from pipeline.tracking.journal import Journal, clean_name, read_journal
+from pipeline.tracking.journal import Journal, clean_name, iterate, read_journal
 
 FORK = multiprocessing.get_context("fork")
 
@@ -325,3 +327,39 @@ def test_a_reader_beside_a_writer_never_sees_a_broken_record(path: Path) -> None
         writer.join()
     assert seen == list(range(NUM_RECORDS))
     assert num_readings > 1  # it did read while the other wrote
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_room_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes half a line before it is full."""
+    journal, write = Journal(path), os.write
+    journal.metrics({"loss": 0.0}, 0)
+
+    def write_half(file: int, data: bytes) -> int:
+        if len(data) < 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data[: len(data) // 2])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write_half)
+        for step in range(1, 4):
+            journal.metrics({"loss": float(step)}, step)
+            assert [r["step"] for r in records_of(path)] == [0]
+        with pytest.raises(OSError, match="No space left"):
+            journal.sync()
+    journal.metrics({"loss": 4.0}, 4)
+    journal.close()
+    assert [r["step"] for r in records_of(path)] == [0, 1, 2, 3, 4]
+
+
+def test_only_what_is_wanted_is_read(path: Path) -> None:
+    journal = Journal(path)
+    journal.append("params", values={"note": '"kind":"tags"'})
+    journal.metrics({"loss": 1.0, "loss/2": 2.0}, 1)
+    journal.append("tags", values={})
+    entries = list(iterate(path, kinds=("tags",), keys=("loss",)))
+    assert [record["kind"] for record, _ in entries] == ["metric", "tags"]
+    assert entries[-1][1] == path.stat().st_size
+    assert [record["key"] for record, _ in iterate(path, 0, entries[0][1], kinds=("metric",))] == ["loss"]
+    journal.close()

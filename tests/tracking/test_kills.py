@@ -5,31 +5,49 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from tests.tracking.history import find_runs
-from tests.tracking.kill_campaign import VICTIMS, draw_kills, kill_and_resume
+from tests.tracking.kill_campaign import VICTIMS, Verdict, draw_kills, kill_and_resume
 from tests.tracking.recording import ROOT, sync
 
 pytestmark = pytest.mark.faults
 
+NUM_RANKS = {0: 1, 1: 1, 2: 1, 3: 2}
+"""Of the run with each seed."""
+AT_ONCE = 2
+"""Runs: each mostly waits, for its imports too."""
 TINY = ("data.dataset=synthetic", "data.image_size=12", "data.synthetic_train_size=64", "data.synthetic_eval_size=64")
 
 
 def test_every_run_of_a_campaign_loses_each_of_its_processes() -> None:
-    for seed in range(4):
+    for seed in NUM_RANKS:
         kills = draw_kills(seed)
         assert len(kills) == 5
         assert {kill.victim for kill in kills[:-1]} == set(VICTIMS)
         assert [kill.step for kill in kills] == sorted(kill.step for kill in kills)
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_a_run_killed_again_and_again_is_one_run_with_each_point_once(tmp_path: Path, seed: int) -> None:
-    verdict = kill_and_resume(tmp_path, seed)
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Future[Verdict]]]:
+    """Of all runs, which are killed meanwhile; each has a store of its own."""
+    with ThreadPoolExecutor(AT_ONCE) as executor:
+        yield {
+            seed: executor.submit(kill_and_resume, tmp_path_factory.mktemp(f"seed-{seed}"), seed, ranks)
+            for seed, ranks in NUM_RANKS.items()
+        }
+
+
+@pytest.mark.parametrize("seed", NUM_RANKS)
+def test_a_run_killed_again_and_again_is_one_run_with_each_point_once(
+    verdicts: dict[int, Future[Verdict]], seed: int
+) -> None:
+    verdict = verdicts[seed].result()
     assert verdict.faults == [], verdict
     assert verdict.attempts >= 3  # it was killed
 

@@ -41,7 +41,7 @@ class Run:
 
     def publish(self, uri: str) -> Publisher:
         publisher = Publisher(self.folder, uri, network)
-        publisher.drain(training_alive=True)
+        publisher.drain()
         return publisher
 
 

@@ -6,7 +6,7 @@ All scenarios run at once, since they mostly wait; each test looks at what one o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,8 +21,12 @@ from tests.tracking.recording import BEGINS, ENDS, PATIENCE, Recording, sync
 
 pytestmark = pytest.mark.faults
 
-AFTER_DEATH = 30.0
-"""Seconds that a publisher may go on after the end of its training."""
+GONE_AFTER = 45.0
+"""Seconds after the end of its training when a publisher has to be gone.
+
+It gives up after 30 s, or is ended after 32.5 s while it waits for a reply; on busy cores, with its lower priority, its
+last words take their time, and so does looking for it.
+"""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def from_start_to_end(recording: Recording, proxy: FaultyProxy, fault: Fault) ->
 
 def end_without_server(recording: Recording, proxy: FaultyProxy) -> int:
     exit_code = recording.finish()
-    assert recording.wait_until_unpublished() < AFTER_DEATH + 5
+    assert recording.wait_until_unpublished() < GONE_AFTER
     proxy.set_fault("none")
     sync_all(recording)
     sync_all(recording)
@@ -98,7 +102,7 @@ def slowness_for_good(recording: Recording, proxy: FaultyProxy, fault: Fault) ->
     """Each reply takes seconds, but comes: `sync` has to get there all the same."""
     recording.wait_for(lambda: "train/loss" in recorded_history(recording.run))
     exit_code = recording.finish()
-    assert recording.wait_until_unpublished() < AFTER_DEATH + 5
+    assert recording.wait_until_unpublished() < GONE_AFTER
     sync_all(recording)
     return exit_code
 
@@ -110,11 +114,11 @@ def sync_all(recording: Recording) -> None:
 
 def killed_thrice(recording: Recording, server: MlflowServer) -> int:
     """By SIGKILL, and started on the same port and store, while all goes on."""
-    for _ in range(3):
+    for number in range(3):
         recording.wait_until_caught_up()
         server.kill()
         server.start()
-    recording.wait_until_caught_up()
+        recording.wait_for_line(ENDS, number + 1)  # or the next kill would belong to the same outage
     return recording.finish()
 
 
@@ -124,12 +128,10 @@ def failing_database(recording: Recording, postgres: PostgresServer) -> int:
     postgres.crash()
     recording.wait_for_line(BEGINS)
     postgres.start()
-    recording.wait_until_caught_up()
+    recording.wait_for_line(ENDS)
     postgres.set_read_only(True)
-    num_lines = len(recording.log())
-    recording.wait_for(lambda: len(recording.log()) > num_lines)
+    recording.wait_for_line(BEGINS, 2)
     postgres.set_read_only(False)
-    recording.wait_until_caught_up()
     return recording.finish()
 
 
@@ -139,22 +141,36 @@ class Faulty:
 
     scenario: Callable[[Recording, FaultyProxy, Fault], int]
     fault: Fault
-    num_outages: int = 1
-    """That may be noticed."""
+    num_outages: range = range(1, 2)
+    """How many the publisher may notice."""
     from_the_start: bool = False
     published_later: bool = False
     """By `sync`, and not by the end of the training."""
     lose_reply_to: str | None = None
 
+    @property
+    def num_unended(self) -> tuple[int, ...]:
+        """Outages whose end the publisher does not see: none, where the server works again while it lives."""
+        if not self.published_later:
+            return (0,)
+        return (0, 1) if self.fault == "slow" else (1,)
 
-FAULTY = {
+
+SELDOM = range(3)
+"""Of slow replies one may come after the publisher's patience of 10 s, and then another, behind one that did not."""
+PASSING = {
     "refused": Faulty(passing, "refused"),
     "silent": Faulty(passing, "silent"),
     "500": Faulty(passing, "500"),
-    "slow": Faulty(passing_slowness, "slow"),
+    "slow": Faulty(passing_slowness, "slow", SELDOM),
+}
+ON_POSTGRES = "_on_postgresql"
+FAULTY = {
+    **PASSING,
+    **{name + ON_POSTGRES: faulty for name, faulty in PASSING.items()},
     "refused_from_the_start": Faulty(from_the_start, "refused", from_the_start=True),
-    "slow_from_the_start": Faulty(slowness_from_the_start, "slow", from_the_start=True),
-    "slow_for_good": Faulty(slowness_for_good, "slow", from_the_start=True, published_later=True),
+    "slow_from_the_start": Faulty(slowness_from_the_start, "slow", SELDOM, from_the_start=True),
+    "slow_for_good": Faulty(slowness_for_good, "slow", SELDOM, from_the_start=True, published_later=True),
     "created_without_a_reply": Faulty(lost_reply, "none", lose_reply_to="/runs/create"),
     "refused_at_the_end": Faulty(at_the_end, "refused", published_later=True),
     "silent_at_the_end": Faulty(at_the_end, "silent", published_later=True),
@@ -164,22 +180,22 @@ Mortal = Callable[[Recording, MlflowServer], int]
 """A recording to a server that fails itself."""
 MORTAL = {"killed_thrice": 3, "killed_thrice_on_postgresql": 3, "failing_database": 2}
 """Number of outages."""
-NEED_POSTGRES = ("killed_thrice_on_postgresql", "failing_database")
+MORTAL_ON_POSTGRES = ("killed_thrice_on_postgresql", "failing_database")
 
 
 class Stand:
-    """Where the scenarios run, all at once but those on PostgreSQL; servers are started when they are given in."""
+    """Where the scenarios run, all at once but those whose server they share and kill."""
 
     def __init__(self, folder: Path, stack: ExitStack):
         self._folder = folder
         self._stack = stack
-        self._executor = stack.enter_context(ThreadPoolExecutor(20))
+        self._executor = stack.enter_context(ThreadPoolExecutor(len(FAULTY) + 4))
 
     def start(self, name: str, *arguments: str) -> Future[MlflowServer]:
         folder = self._folder / name
         folder.mkdir()
         server = MlflowServer(folder, *arguments)
-        self._stack.callback(server.kill)
+        self._stack.callback(server.close)
 
         def start() -> MlflowServer:
             server.start()
@@ -221,24 +237,31 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fut
         stand = Stand(tmp_path_factory.mktemp("outages"), stack)
         results: dict[str, Future[Outcome]] = {}
         if missing_for_postgres() is None:
-            postgres = PostgresServer()
-            stack.callback(postgres.close)
-            postgres.start()
-            on_postgres = stand.start("postgresql", "--backend-store-uri", postgres.uri)
-            scenarios = (killed_thrice, lambda recording, _: failing_database(recording, postgres))
-            named = zip(NEED_POSTGRES, scenarios, strict=True)
-            results |= zip(NEED_POSTGRES, stand.run_mortal(*named, server=on_postgres), strict=True)
+            mortal, steady = start_postgres(stack), start_postgres(stack)
+            server = stand.start("mortal_on_postgresql", "--backend-store-uri", mortal.uri)
+            scenarios = (killed_thrice, lambda recording, _: failing_database(recording, mortal))
+            named = zip(MORTAL_ON_POSTGRES, scenarios, strict=True)
+            results |= zip(MORTAL_ON_POSTGRES, stand.run_mortal(*named, server=server), strict=True)
+            server = stand.start("steady_on_postgresql", "--backend-store-uri", steady.uri)
+            results |= {name: stand.run_faulty(name, server) for name in FAULTY if name.endswith(ON_POSTGRES)}
         (results["killed_thrice"],) = stand.run_mortal(("killed_thrice", killed_thrice), server=stand.start("mortal"))
-        steady = stand.start("steady")
-        results |= {name: stand.run_faulty(name, steady) for name in FAULTY}
+        server = stand.start("steady")
+        results |= {name: stand.run_faulty(name, server) for name in FAULTY if not name.endswith(ON_POSTGRES)}
         yield results
+
+
+def start_postgres(stack: ExitStack) -> PostgresServer:
+    postgres = PostgresServer()
+    stack.callback(postgres.close)
+    postgres.start()
+    return postgres
 
 
 @pytest.mark.parametrize("name", [*FAULTY, *MORTAL])
 def test_the_server_has_what_was_recorded_point_for_point_and_once(
     outcomes: dict[str, Future[Outcome]], name: str, tmp_path: Path
 ) -> None:
-    if name in NEED_POSTGRES and (missing := missing_for_postgres()):
+    if (name.endswith(ON_POSTGRES) or name in MORTAL_ON_POSTGRES) and (missing := missing_for_postgres()):
         pytest.skip(missing)
     outcome = outcomes[name].result()
     recording = outcome.recording
@@ -249,7 +272,16 @@ def test_the_server_has_what_was_recorded_point_for_point_and_once(
     assert run.info.status == "FINISHED"
     result = recording.client.download_artifacts(run.info.run_id, "results/result.txt", str(tmp_path))
     assert Path(result).read_text() == f"of {name}\n"
-    num_outages = faulty.num_outages if faulty else MORTAL[name]
-    assert recording.num_lines(BEGINS) <= num_outages
-    assert recording.num_lines(ENDS) <= num_outages
-    assert len(recording.log()) <= 2 * num_outages, "\n".join(recording.log())
+    if faulty:
+        expect_outages(recording, faulty.num_outages, faulty.num_unended)
+    else:
+        expect_outages(recording, (MORTAL[name],), (0,))
+
+
+def expect_outages(recording: Recording, expected: Sequence[int], unended: Sequence[int]) -> None:
+    """The publisher said when each began and when it ended, and nothing else."""
+    log = "\n".join(recording.log())
+    begun, ended = recording.num_lines(BEGINS), recording.num_lines(ENDS)
+    assert begun in expected, log
+    assert begun - ended in unended, log
+    assert len(recording.log()) == begun + ended, log

@@ -13,7 +13,7 @@ from pipeline.__main__ import main
 from pipeline.commands.publish import publish
 from pipeline.run_folder import RunFolder
 from pipeline.tracking.journal import Journal
-from tests.servers import free_port
+from tests.servers import reserved_port
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,10 @@ def test_one_that_cannot_be_published_stops_no_other(
 ) -> None:
     monkeypatch.setattr("pipeline.commands.sync.publish", partial(publish, after_death=1.0))
     runs = tmp_path / "runs"
-    make_run(runs, "a", f"http://127.0.0.1:{free_port()}")
     make_run(runs, "b", uri)
-    assert main(["sync", "--runs", str(runs)]) == 1
+    with reserved_port() as port:
+        make_run(runs, "a", f"http://127.0.0.1:{port}")
+        assert main(["sync", "--runs", str(runs)]) == 1
     out = capsys.readouterr().out
     assert "NOT all published to http://127.0.0.1" in out
     assert points(uri, runs)["b"] == [(0, 0.0), (1, 1.0), (2, 2.0)]

@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from pipeline.run_folder import RunError, RunFolder, is_being_trained, without_credentials
+from pipeline.credentials import without_credentials
+from pipeline.run_folder import RunError, RunFolder, is_being_trained
 from pipeline.tracking.journal import NONFINITE, read_journal
 
 Record = dict[str, Any]

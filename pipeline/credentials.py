@@ -1,0 +1,23 @@
+"""What must not be written down or shown: user names and passwords in URIs, and the values of secret settings."""
+
+from __future__ import annotations
+
+import os
+import re
+
+SECRET = "(?:password|passwd|token|secret|api_?key|access_?key)"
+
+
+def without_credentials(text: str) -> str:
+    """A URI, or a text with URIs and settings, as it may be written down and shown.
+
+    Without user and password of URIs, values of settings that are called a password, token, secret or key, and the
+    values of environment variables called so.
+    """
+    # a password may hold what ends a host name, as database drivers read it: then it goes up to the last @
+    text = re.sub(r"(?<=//)(?:[^/?#\s]*|[^/?#@:\s]*:(?!\d+[/?#])[^\s'\"]*)@", "", text)
+    text = re.sub(rf"(?i)\b(\w*{SECRET}\w*)=('[^']*'|\"[^\"]*\"|[^&\s]+)", r"\1=***", text)
+    for name, value in os.environ.items():
+        if len(value) >= 8 and value in text and re.search(f"(?i){SECRET}", name):
+            text = text.replace(value, "***")
+    return text
