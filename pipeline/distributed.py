@@ -228,6 +228,14 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**30)
 
 
+def be_deterministic() -> None:
+    """Before anything is done on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA's notes on cuBLAS and reproducibility
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+
+
 @contextmanager
 def start_rank(
     launch: Launch,
@@ -236,14 +244,18 @@ def start_rank(
     backend: str = "auto",
     threads: int | None = None,
     timeout: float = 300.0,
+    deterministic: bool = False,
     rendezvous: str = "env://",
 ) -> Iterator[Rank]:
     """Take the device, join the process group, and leave it at the end.
 
-    `timeout` is in seconds, for every collective; `rendezvous` is torch's init_method. After an exception the group
-    is left alone: a collective on the way out would turn a crash into a hang.
+    `deterministic`: only kernels that give the same bits each time; torch raises where it has none. `timeout` is in
+    seconds, for every collective; `rendezvous` is torch's init_method. After an exception the group is left alone: a
+    collective on the way out would turn a crash into a hang.
     """
     chosen = choose_device(launch, device, backend)
+    if deterministic:
+        be_deterministic()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # first of all, or every rank opens a context on GPU 0
     if backend == "auto":

@@ -17,8 +17,8 @@ class Record:
     """Of all ranks, over the steps since the record before."""
 
     metrics: dict[str, float]
-    votes: float
-    """How many ranks voted yes."""
+    common: list[float]
+    """What is the same on every rank."""
     rows: list[list[float]]
     """What each rank added of its own, by rank."""
 
@@ -26,17 +26,19 @@ class Record:
 class PendingRecord:
     """A record on its way over the ranks to the host."""
 
-    def __init__(self, pending: PendingSum, count: int, world_size: int):
+    def __init__(self, pending: PendingSum, count: int, world_size: int, num_common: int):
         self._pending = pending
+        self._num_common = num_common
         self._count = max(1, count)
         self._world_size = world_size
 
     def result(self) -> Record:
         """Waits until it is there."""
-        loss, correct, votes, *flat = self._pending.values()
+        loss, correct, *rest = self._pending.values()
+        common, flat = rest[: self._num_common], rest[self._num_common :]
         width = len(flat) // self._world_size
         rows = [flat[i * width : (i + 1) * width] for i in range(self._world_size)]
-        return Record({"train/loss": loss / self._count, "train/accuracy": correct / self._count}, votes, rows)
+        return Record({"train/loss": loss / self._count, "train/accuracy": correct / self._count}, common, rows)
 
 
 class TrainMeter:
@@ -51,16 +53,18 @@ class TrainMeter:
         self._sums += sums
         self._count += count
 
-    def reduce(self, rank: Rank, vote: bool, row: Sequence[float] = ()) -> PendingRecord:
+    def reduce(self, rank: Rank, row: Sequence[float] = (), common: Tensor | None = None) -> PendingRecord:
         """Collective: every rank must call. Begin a record over all ranks, and reset.
 
-        A vote and a row of numbers of each rank ride along, so that neither costs a collective of its own.
+        A row of numbers of each rank rides along, so that it costs no collective of its own; and `common`, float64 [N]
+        on the device, which is the same on all ranks, so that the host does not wait for it.
         """
-        own = torch.zeros(1 + rank.world_size * len(row), dtype=torch.float64)
-        own[0] = float(vote)
-        own[1 + rank.rank * len(row) : 1 + (rank.rank + 1) * len(row)] = torch.tensor(row, dtype=torch.float64)
-        pending = rank.reduce_sum_later(torch.cat((self._sums, own.to(self._sums.device, non_blocking=True))))
-        record = PendingRecord(pending, self._count, rank.world_size)
+        own = torch.zeros(rank.world_size, len(row), dtype=torch.float64)
+        own[rank.rank] = torch.tensor(row, dtype=torch.float64)
+        common = self._sums.new_zeros(0) if common is None else common * rank.is_main
+        rows = own.flatten().to(self._sums.device, non_blocking=True)
+        pending = rank.reduce_sum_later(torch.cat((self._sums, common, rows)))
+        record = PendingRecord(pending, self._count, rank.world_size, len(common))
         self._sums.zero_()
         self._count = 0
         return record
@@ -80,6 +84,11 @@ class TrainMeter:
         else:
             self._sums.copy_(sums.sum(0) if rank.is_main else torch.zeros(2, dtype=torch.float64))
         self._count = int(state["count"])
+
+
+def exact(sums: Tensor) -> Tensor:
+    """float64: rounded to multiples of 2^-30, whose sums are the same in any order, up to 8 million in all."""
+    return (sums.to(torch.float64) * 2**30).round() / 2**30
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class EvaluationMeter:
     def add(self, loss_sum: Tensor, labels: Tensor, predicted: Tensor) -> None:
         cells = labels * self._num_classes + predicted
         self._confusion.index_add_(0, cells, torch.ones_like(cells))
-        self._loss += loss_sum.to(torch.float64)
+        self._loss += exact(loss_sum)
 
     def reduce(self, rank: Rank, expected_count: int, per_sample: int = 1) -> Evaluation:
         """Collective: every rank must call, once. Asserts that `expected_count` samples were counted.

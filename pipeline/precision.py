@@ -1,4 +1,4 @@
-"""Autocast and loss scaling, and the one place where unscale -> clip -> step -> update is done in that order."""
+"""Autocast and loss scaling, and the one place where unscale -> check -> clip -> step is done in that order."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from torch.optim import Optimizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
+class NonFiniteError(Exception):
+    """Gradients were not finite in too many steps in a row."""
+
+
 class Precision:
     """Weights are float32 (float64 with fp64); bf16 and fp16 apply to what autocast lists."""
 
@@ -21,6 +25,8 @@ class Precision:
         self.weights_dtype = torch.float64 if self.name == "fp64" else torch.float32
         self._device_type = device.type
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+        self._skipped = torch.zeros(3, dtype=torch.float64, device=device)
+        """Steps skipped so far, of these the last ones in a row, and the longest row since `take_skipped`."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.name in ("fp32", "fp64"):
@@ -30,22 +36,75 @@ class Precision:
     def backward(self, loss: Tensor) -> None:
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
+    @torch.no_grad()
     def update(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], clip_norm: float | None) -> None:
-        """One optimizer step from the gradients, which are cleared."""
+        """One optimizer step from the gradients, which are cleared; or none, and a count, if they are not finite.
+
+        The gradients are the same on every rank, so that all ranks decide the same without asking.
+        """
+        self._scaler.unscale_(optimizer)  # clipping scaled gradients would clip by a norm 65536 times too small
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
         if clip_norm is not None:
-            # clipping scaled gradients would clip by a norm 65536 times too small
-            self._scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, clip_norm)
-        self._scaler.step(optimizer)  # skips the step if a gradient overflowed, on every rank alike
-        self._scaler.update()
+            nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        is_finite = norm.isfinite()
+        self._count(is_finite)
+        if self._scaler.is_enabled():
+            self._scaler.step(optimizer)  # skips by itself
+            self._scaler.update()
+        else:
+            _step_if(is_finite, optimizer, gradients)
         optimizer.zero_grad(set_to_none=True)
 
+    def _count(self, is_finite: Tensor) -> None:
+        """On the device: nobody waits for it."""
+        skipped, in_row, longest = self._skipped.unbind()
+        skipped += ~is_finite
+        in_row += 1
+        in_row *= ~is_finite
+        torch.maximum(longest, in_row, out=longest)
+
+    def take_skipped(self) -> Tensor:
+        """float64 [2] on the device: steps skipped in all, and the longest row of them since the last call."""
+        taken = self._skipped[[0, 2]]
+        self._skipped[2] = self._skipped[1]
+        return taken
+
     def state_dict(self) -> dict[str, Any]:
-        return self._scaler.state_dict()
+        return self._scaler.state_dict() | {"skipped": self._skipped.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:  # empty when the checkpoint was written without loss scaling
-            self._scaler.load_state_dict(state)
+        scale = {key: value for key, value in state.items() if key != "skipped"}
+        if scale:  # none when the checkpoint was written without loss scaling
+            self._scaler.load_state_dict(scale)
+        self._skipped.copy_(torch.tensor(state.get("skipped", [0.0, 0.0, 0.0])))
+
+
+def _step_if(is_finite: Tensor, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
+    """`optimizer.step()`, or nothing; where the host would have to wait for the device, that decides by itself."""
+    if is_finite.device.type == "cpu":
+        if is_finite:
+            optimizer.step()
+    elif optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif optimizer.defaults.get("capturable"):
+        _step_without_effect_unless(is_finite, optimizer, gradients)
+    elif is_finite:
+        optimizer.step()
+
+
+def _step_without_effect_unless(is_finite: Tensor, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
+    """For optimizers that know no skipping, in a CUDA graph: zero gradients at rate zero leave the weights alone.
+
+    Their running averages age by a step.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for rate in rates:
+        rate.mul_(is_finite)
+    for gradient in gradients:
+        gradient.copy_(torch.where(is_finite, gradient, 0.0))
+    optimizer.step()
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -20,6 +20,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.wants_save = False
+        """Whether a checkpoint was asked for, with which the training goes on."""
         self._received = 0.0
 
     def __bool__(self) -> bool:

@@ -38,6 +38,8 @@ IDENTITY = (
     "model.dropout2d",
     "loss",
     "optim.name",
+    "train.reproducible",
+    "train.virtual_shards",
     "checkpoint.metric",
 )
 

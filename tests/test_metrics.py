@@ -30,40 +30,33 @@ def test_a_record_is_the_mean_over_samples_not_over_batches() -> None:
     meter = TrainMeter(CPU)
     add(meter, 8.0, 3, 4)
     add(meter, 1.0, 0, 1)
-    assert meter.reduce(ALONE, vote=False).result().metrics == {"train/loss": 9 / 5, "train/accuracy": 3 / 5}
+    assert meter.reduce(ALONE).result().metrics == {"train/loss": 9 / 5, "train/accuracy": 3 / 5}
 
 
 def test_a_record_starts_anew_behind_the_last() -> None:
     meter = TrainMeter(CPU)
     add(meter, 8.0, 3, 4)
-    meter.reduce(ALONE, vote=False)
+    meter.reduce(ALONE)
     add(meter, 1.0, 1, 2)
-    assert meter.reduce(ALONE, vote=False).result().metrics == {"train/loss": 0.5, "train/accuracy": 0.5}
+    assert meter.reduce(ALONE).result().metrics == {"train/loss": 0.5, "train/accuracy": 0.5}
 
 
 def test_a_record_of_nothing_is_zero() -> None:
-    nothing = Record({"train/loss": 0.0, "train/accuracy": 0.0}, votes=0.0, rows=[[]])
-    assert TrainMeter(CPU).reduce(ALONE, vote=False).result() == nothing
+    nothing = Record({"train/loss": 0.0, "train/accuracy": 0.0}, common=[], rows=[[]])
+    assert TrainMeter(CPU).reduce(ALONE).result() == nothing
 
 
-@pytest.mark.parametrize("vote", [False, True])
-def test_a_vote_rides_along(vote: bool) -> None:
-    meter = TrainMeter(CPU)
-    add(meter, 2.0, 1, 1)
-    record = meter.reduce(ALONE, vote, [0.5, 0.25]).result()
-    assert record == Record({"train/loss": 2.0, "train/accuracy": 1.0}, votes=float(vote), rows=[[0.5, 0.25]])
-
-
-def test_votes_and_rows_of_all_ranks_arrive_with_the_record() -> None:
+def test_rows_of_all_ranks_and_what_they_have_in_common_arrive_with_the_record() -> None:
     records = run_ranks(3, _record_of_rank)
-    assert records[0] == Record({"train/loss": 1.0, "train/accuracy": 0.0}, 1.0, [[0.0, 0.5], [1.0, 0.5], [2.0, 0.5]])
+    metrics = {"train/loss": 1.0, "train/accuracy": 0.0}
+    assert records[0] == Record(metrics, [7.0, 8.0], [[0.0, 0.5], [1.0, 0.5], [2.0, 0.5]])
     assert all(record == records[0] for record in records)
 
 
 def _record_of_rank(rank: Rank) -> Record:
     meter = TrainMeter(CPU)
     add(meter, float(rank.rank), 0, 3)
-    record = meter.reduce(rank, rank.rank == 1, [float(rank.rank), 0.5])
+    record = meter.reduce(rank, [float(rank.rank), 0.5], torch.tensor([7.0, 8.0], dtype=torch.float64))
     add(meter, 100.0, 9, 9)  # of the next record, while this one is under way
     return record.result()
 
@@ -72,7 +65,7 @@ def test_sums_are_kept_in_float64() -> None:
     meter = TrainMeter(CPU)
     add(meter, 2.0**24, 0, 1)
     add(meter, 1.0, 0, 1)  # float32 would lose it
-    assert meter.reduce(ALONE, vote=False).result().metrics["train/loss"] == (2**24 + 1) / 2
+    assert meter.reduce(ALONE).result().metrics["train/loss"] == (2**24 + 1) / 2
 
 
 def test_a_record_in_progress_survives_a_checkpoint_bit_by_bit() -> None:
@@ -83,7 +76,7 @@ def test_a_record_in_progress_survives_a_checkpoint_bit_by_bit() -> None:
     after.load_state(before.state(ALONE), ALONE)
     for meter in (whole, after):
         add(meter, 0.3, 2, 3)
-    assert after.reduce(ALONE, vote=False).result() == whole.reduce(ALONE, vote=False).result()
+    assert after.reduce(ALONE).result() == whole.reduce(ALONE).result()
 
 
 def test_loading_replaces_what_was_counted() -> None:
@@ -91,7 +84,7 @@ def test_loading_replaces_what_was_counted() -> None:
     add(saved, 1.0, 1, 2)
     add(meter, 100.0, 50, 60)
     meter.load_state(saved.state(ALONE), ALONE)
-    assert meter.reduce(ALONE, vote=False).result().metrics == {"train/loss": 0.5, "train/accuracy": 0.5}
+    assert meter.reduce(ALONE).result().metrics == {"train/loss": 0.5, "train/accuracy": 0.5}
 
 
 STATE_OF_3: dict[str, Any] = {"sums": [[1.0, 1.0], [2.0, 3.0], [4.0, 5.0]], "count": 14}
@@ -117,7 +110,7 @@ def test_a_single_rank_goes_on_with_the_record_of_three() -> None:
     meter = TrainMeter(CPU)
     meter.load_state(STATE_OF_3, ALONE)
     add(meter, 1.0, 3, 2)
-    assert meter.reduce(ALONE, vote=False).result().metrics == {"train/loss": 8 / 16, "train/accuracy": 12 / 16}
+    assert meter.reduce(ALONE).result().metrics == {"train/loss": 8 / 16, "train/accuracy": 12 / 16}
 
 
 def evaluate(

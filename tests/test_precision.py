@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import OptimConfig
 from pipeline.distributed import Rank
-from pipeline.precision import Precision, choose_precision
+from pipeline.optim import build_optimizer
+from pipeline.precision import Precision, _step_without_effect_unless, choose_precision
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -144,8 +146,8 @@ def test_the_loss_scale_survives_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp64"])
-def test_without_loss_scaling_there_is_no_state(name: str) -> None:
-    assert Precision(name, CPU).state_dict() == {}
+def test_without_loss_scaling_the_state_is_what_was_skipped(name: str) -> None:
+    assert Precision(name, CPU).state_dict() == {"skipped": [0.0, 0.0, 0.0]}
 
 
 def test_a_checkpoint_goes_on_in_another_precision() -> None:
@@ -154,4 +156,69 @@ def test_a_checkpoint_goes_on_in_another_precision() -> None:
     scaled.load_state_dict(plain.state_dict())
     assert scaled.state_dict() == fresh
     plain.load_state_dict(fresh)
-    assert plain.state_dict() == {}
+    assert plain.state_dict() == {"skipped": [0.0, 0.0, 0.0]}
+
+
+def skipping(rank: Rank, name: str, optimizer_name: str, gradients: list[float]) -> tuple[list[float], list[float]]:
+    """The weight after each step, and what was skipped; with `capturable`, as the device would do it by itself."""
+    precision, weight = Precision(name, CPU), nn.Parameter(torch.zeros(1))
+    momentum = 0.9 if optimizer_name == "sgd" else 0.0
+    config = OptimConfig(name=cast(Any, optimizer_name), lr=0.1, momentum=momentum)
+    optimizer = build_optimizer(config, [weight])
+    weights = []
+    for gradient in gradients:
+        precision.backward((weight * torch.tensor([gradient])).sum())
+        precision.update(optimizer, [weight], None)
+        weights.append(weight.item())
+    return weights, precision.state_dict()["skipped"]
+
+
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adam", "adamw", "rmsprop", "adadelta"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp64", "fp16"])
+def test_a_step_without_finite_gradients_changes_nothing_and_is_counted(name: str, optimizer_name: str) -> None:
+    """Neither the weights nor what the optimizer remembers: the steps behind it are as if it had not been."""
+    (with_them,) = run_ranks(1, skipping, name, optimizer_name, [1.0, math.nan, math.inf, 2.0, -math.inf, 3.0])
+    (without,) = run_ranks(1, skipping, "fp32", optimizer_name, [1.0, 2.0, 3.0])
+    weights, skipped = with_them
+    assert [weights[i] for i in (0, 3, 5)] == without[0]
+    assert weights[0] == weights[1] == weights[2]
+    assert weights[3] == weights[4]
+    assert skipped == [3.0, 0.0, 2.0]
+
+
+def aged_on_the_device(rank: Rank, optimizer_name: str) -> list[float]:
+    weight = nn.Parameter(torch.ones(1))
+    kind = {"rmsprop": torch.optim.RMSprop, "adadelta": torch.optim.Adadelta}[optimizer_name]
+    optimizer = kind([weight], lr=torch.tensor(0.1), foreach=True, weight_decay=0.1)
+    weights = []
+    for gradient in (1.0, math.nan, 1.0):
+        weight.grad = torch.tensor([gradient])
+        optimizer.param_groups[0]["lr"].fill_(0.1)
+        _step_without_effect_unless(weight.grad.isfinite().all(), optimizer, [weight.grad])
+        weights.append(weight.item())
+    return weights
+
+
+@pytest.mark.parametrize("optimizer_name", ["rmsprop", "adadelta"])
+def test_a_captured_step_without_finite_gradients_leaves_the_weights_alone(optimizer_name: str) -> None:
+    ((first, second, third),) = run_ranks(1, aged_on_the_device, optimizer_name)
+    assert first == second
+    assert math.isfinite(third)
+    assert third < second
+
+
+def test_the_longest_row_is_told_once() -> None:
+    precision, weight = Precision("fp32", CPU), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def take(*gradients: float) -> list[float]:
+        for gradient in gradients:
+            weight.grad = torch.tensor([gradient])
+            precision.update(optimizer, [weight], None)
+        taken: list[float] = precision.take_skipped().tolist()
+        return taken
+
+    assert take(math.nan, math.nan, 1.0, math.nan) == [3.0, 2.0]
+    assert take(math.nan) == [4.0, 2.0]  # a row goes on behind a record
+    assert take(1.0) == [4.0, 2.0]
+    assert take(1.0) == [4.0, 0.0]

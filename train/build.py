@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint import Checkpoints
-from pipeline.communication import replicate
+from pipeline.communication import replicate, replicate_by_shards
 from pipeline.communication.ddp import new_stream
+from pipeline.communication.shards import Shards
 from pipeline.config import Config, Problem
 from pipeline.data.augment import Augment
 from pipeline.data.datasets import (
@@ -27,7 +28,7 @@ from pipeline.data.datasets import (
     synthetic_info,
 )
 from pipeline.data.loading import Loader, Normalize, ResidentLoader, StreamedLoader
-from pipeline.data.sampler import GlobalOrderSampler
+from pipeline.data.sampler import BlockSampler, GlobalOrderSampler
 from pipeline.data.sharing import share_on_node
 from pipeline.distributed import Launch, Rank, choose_device, start_rank
 from pipeline.losses import LOSSES, losses_for
@@ -43,9 +44,13 @@ from train.display import BarDisplay, Display, LineDisplay, NoDisplay
 from train.evaluation import Evaluator
 from train.output import RunOutput
 from train.profiling import NoProfiler, StepProfiler
-from train.static_step import StaticStep
-from train.step import EagerStep, StepParts
+from train.shard_step import ShardStep
+from train.static_step import StaticStep, has_batch_statistics
+from train.step import EagerStep, Step, StepParts
 from train.trainer import Trainer
+
+MIN_BLOCKS = 8
+"""Of an evaluation, so that small ones are shared among some ranks too."""
 
 
 def dataset_info(config: Config) -> DatasetInfo:
@@ -105,6 +110,26 @@ def find_contradictions(config: Config, launch: Launch) -> Iterable[Problem]:
             "number of optimizer steps",
         )
     yield from _find_device_contradictions(config, launch)
+    if config.train.reproducible:
+        yield from _find_reproducibility_contradictions(config, launch)
+
+
+def _find_reproducibility_contradictions(config: Config, launch: Launch) -> Iterable[Problem]:
+    shards = config.train.virtual_shards
+    if launch.world_size > shards:
+        yield Problem(
+            ("train.virtual_shards", "train.reproducible"),
+            f"train.virtual_shards = {shards}: fewer than the {launch.world_size} ranks of a reproducible training; "
+            "start as many ranks at most, or set more shards (which gives other bits)",
+        )
+    with torch.device("meta"):
+        network = build_network(config, dataset_info(config))
+    if has_batch_statistics(network):
+        yield Problem(
+            ("train.reproducible", "model.name"),
+            f"train.reproducible = true: {config.model.name} has batch statistics, which depend on the number of "
+            "ranks; choose another network",
+        )
 
 
 def _find_device_contradictions(config: Config, launch: Launch) -> Iterable[Problem]:
@@ -126,7 +151,9 @@ def join(config: Config, launch: Launch) -> AbstractContextManager[Rank]:
         launch,
         device=settings.device,
         backend=settings.backend,
-        threads=settings.threads,
+        # another number of threads gives other bits, and the default depends on the number of ranks
+        threads=settings.threads or (1 if settings.reproducible else None),
+        deterministic=settings.reproducible or settings.deterministic,
         timeout=settings.hang_timeout,
     )
 
@@ -195,17 +222,25 @@ def build_trainer(
     train_loader = _build_loader(config, choices.placement, dataset.train, train_sampler, normalize, timer, augment)
     apart = build_timer(rank.device)  # an evaluation belongs to no step
     eval_loader = _build_loader(config, choices.placement, dataset.evaluation, eval_sampler, normalize, apart)
-    replicas = replicate(
-        network,
-        rank,
-        timer,
-        normalize(dataset.train.images[:1].to(rank.device)),
-        timeout=config.train.hang_timeout,
-        shared_memory=config.train.backend == "auto",
-        accumulate=config.train.accumulate,
-        compress=choices.compress,
-        capture_stream=stream,
-    )
+    if config.train.reproducible:
+        replicas, shards = replicate_by_shards(
+            network, rank, config.train.virtual_shards, timeout=config.train.hang_timeout
+        )
+    else:
+        shards, replicas = (
+            None,
+            replicate(
+                network,
+                rank,
+                timer,
+                normalize(dataset.train.images[:1].to(rank.device)),
+                timeout=config.train.hang_timeout,
+                shared_memory=config.train.backend == "auto",
+                accumulate=config.train.accumulate,
+                compress=choices.compress,
+                capture_stream=stream,
+            ),
+        )
     output.choices(choices.reasons | {"gradients": replicas.gradients})
     parts = StepParts(
         replicas=replicas,
@@ -222,7 +257,7 @@ def build_trainer(
         config=config,
         rank=rank,
         network=network,
-        step=StaticStep(parts, train_sampler.full_share, stream) if stream else EagerStep(parts),
+        step=_build_step(parts, train_sampler.full_share, stream, shards),
         optimizer=optimizer,
         schedule=build_schedule(config, info),
         precision=precision,
@@ -238,6 +273,12 @@ def build_trainer(
     )
 
 
+def _build_step(parts: StepParts, batch_size: int, stream: torch.cuda.Stream | None, shards: Shards | None) -> Step:
+    if shards is not None:
+        return ShardStep(parts, shards)
+    return EagerStep(parts) if stream is None else StaticStep(parts, batch_size, stream)
+
+
 def _train_sampler(config: Config, rank: Rank, dataset: Dataset) -> GlobalOrderSampler:
     return GlobalOrderSampler(
         len(dataset.train.labels),
@@ -245,18 +286,15 @@ def _train_sampler(config: Config, rank: Rank, dataset: Dataset) -> GlobalOrderS
         world_size=rank.world_size,
         rank=rank.rank,
         accumulate=config.train.accumulate,
+        shards=config.train.virtual_shards if config.train.reproducible else None,
         seed=config.run.seed,
     )
 
 
 def _eval_sampler(config: Config, rank: Rank, dataset: Dataset) -> GlobalOrderSampler:
-    return GlobalOrderSampler(
-        len(dataset.evaluation.labels),
-        global_batch_size=config.data.eval_batch_size * rank.world_size,
-        world_size=rank.world_size,
-        rank=rank.rank,
-        shuffle=False,
-    )
+    size = len(dataset.evaluation.labels)
+    block_size = min(config.data.eval_batch_size, -(-size // MIN_BLOCKS))
+    return BlockSampler(size, block_size=block_size, world_size=rank.world_size, rank=rank.rank)
 
 
 def _build_loader(

@@ -54,6 +54,7 @@ def _choose(config: Config, rank: Rank, dataset: Dataset) -> Choices:
 def find_capture_obstacle(config: Config, rank: Rank, placement: str) -> str | None:
     """Why the step cannot be replayed as a CUDA graph; None if it can."""
     obstacles = {
+        "train.reproducible": config.train.reproducible,
         "on CPU": rank.device.type != "cuda",
         "train.cuda_graph=never": config.train.cuda_graph == "never",
         "several ranks without nccl": rank.world_size > 1 and rank.backend != "nccl",

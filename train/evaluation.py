@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,10 @@ class Predictions:
     """The share that softmax gives to the predicted class."""
 
 
+class Interrupted(Exception):
+    """By a request to stop."""
+
+
 class Evaluator:
     """Runs the unwrapped network: DDP's forward would synchronise buffers, and shards differ in length."""
 
@@ -39,8 +44,11 @@ class Evaluator:
         self._shard: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @torch.inference_mode()
-    def evaluate(self) -> Evaluation:
-        """Collective: every rank must call. Ends with one reduction."""
+    def evaluate(self, is_interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
+        """Collective: every rank must call. Ends with one reduction.
+
+        Raises Interrupted if `is_interrupted`, which is asked after each batch and says the same on every rank.
+        """
         meter = EvaluationMeter(self._num_classes, self._rank.device)
         self._network.eval()
         self._shard = []
@@ -55,6 +63,8 @@ class Evaluator:
                 confidence, predicted = output.float().softmax(1).max(1)
                 meter.add(loss, labels, predicted)
                 self._shard.append((labels, predicted, confidence))
+            if is_interrupted():
+                raise Interrupted
         num_samples = self._loader.sampler.total_size
         return meter.reduce(self._rank, num_samples, self._loss.per_sample(self._num_classes))
 

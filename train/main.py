@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from pipeline.config import CommandLine, Config, ConfigError, Problem, load_config, parse_command_line
 from pipeline.data.datasets import DataError
 from pipeline.distributed import Launch, Rank, RemoteError, is_lost_connection, start_logging
+from pipeline.precision import NonFiniteError
 from pipeline.preemption import StopRequest, listen_for_stop
 from pipeline.run_folder import RunError
 from pipeline.timing import StartupTimer
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest()
     try:
         run(config, command, launch, stop, startup)
-    except (DataError, RunError) as error:
+    except (DataError, NonFiniteError, RunError) as error:
         logger.error("%s", error)
         return 1
     except Exception as error:

@@ -12,14 +12,15 @@ from torch.optim import Optimizer
 from pipeline.checkpoint import Best, Position, TrainingState
 from pipeline.config import Config
 from pipeline.data.loading import Loader
-from pipeline.distributed import Rank
+from pipeline.distributed import Rank, RemoteError
 from pipeline.metrics import Evaluation, PendingRecord, TrainMeter
 from pipeline.optim import Schedule
-from pipeline.precision import Precision
+from pipeline.precision import NonFiniteError, Precision
 from pipeline.preemption import StopRequest
 from pipeline.timing import PhaseTimer, StartupTimer, find_straggler, mean_times
+from train.ballot import Ballot
 from train.display import Display
-from train.evaluation import Evaluator
+from train.evaluation import Evaluator, Interrupted
 from train.output import RunOutput
 from train.profiling import Profiler
 from train.step import Step
@@ -65,13 +66,16 @@ class Trainer:
     best: Best | None = None
     last_evaluation: Evaluation | None = None
     meter: TrainMeter = field(init=False)
+    ballot: Ballot = field(init=False)
     _stopping: bool = False
+    _saved_at: float = field(default_factory=time.monotonic)
     _pending: RecordUnderWay | None = None
     _num_samples: int = 0
     """Trained since the last record."""
 
     def __post_init__(self) -> None:
         self.meter = TrainMeter(self.rank.device)
+        self.ballot = Ballot(self.rank)
 
     def fit(self) -> Outcome:
         """Collective: every rank must call. Train from `position` to the last epoch, or until asked to stop."""
@@ -85,10 +89,9 @@ class Trainer:
 
     def _train_epochs(self) -> Outcome:
         while self.position.epoch < self.config.train.epochs:
-            if not self.train_epoch():
+            if not self.train_epoch() or not self.evaluate():
                 self.save()
                 return "preempted"
-            self.evaluate()
             if self.position.epoch < self.config.train.epochs and self.rank.any(bool(self.stop)):
                 return "preempted"
         return "finished"
@@ -101,6 +104,7 @@ class Trainer:
         self.network.train()
         self.display.begin_epoch(epoch, samples_seen)
         self._stopping = False
+        self.ballot.begin()
         self.timer.start()
         for batch in self.train_loader:
             self.timer.begin_step()
@@ -131,8 +135,16 @@ class Trainer:
         self.finish_record()
         if self._is_due(self.config.train.log_every) or self.position.global_step == self.schedule.total_steps:
             self.begin_record(lr)
-        if self._is_due(self.config.checkpoint.every_steps) and not self._stopping:
+        decision = self.ballot.after_step(stop=bool(self.stop), save=self._wants_to_save())
+        self._stopping = decision.stop
+        if (decision.save or self._is_due(self.config.checkpoint.every_steps)) and not self._stopping:
             self.save()
+
+    def _wants_to_save(self) -> bool:
+        """Of this rank, by its clock or on request; it counts in the next vote."""
+        minutes = self.config.checkpoint.every_minutes
+        is_time = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return self.rank.is_main and (is_time or self.stop.wants_save)
 
     def begin_record(self, lr: float) -> None:
         """Collective: every rank must call. Send the sums of the steps since the last record on their way.
@@ -143,7 +155,7 @@ class Trainer:
         times = self.timer.read()
         rate = self._num_samples / times.seconds if times.seconds > 0 else 0.0
         self._num_samples = 0
-        record = self.meter.reduce(self.rank, bool(self.stop), times.milliseconds)
+        record = self.meter.reduce(self.rank, times.milliseconds, self.precision.take_skipped())
         self._pending = RecordUnderWay(record, self.position.global_step, lr, rate)
 
     def finish_record(self) -> None:
@@ -154,17 +166,35 @@ class Trainer:
         self.timer.lap("other")
         record = pending.sums.result()
         self.timer.lap("communication")
-        self._stopping = self._stopping or record.votes > 0
+        num_skipped, longest_row = record.common
         straggler = find_straggler(record.rows)
         metrics = record.metrics | {"train/lr": pending.lr, "perf/images_per_second": pending.images_per_second}
         metrics |= mean_times(record.rows) | (straggler.metrics if straggler else {})
+        metrics |= {"train/skipped_steps": num_skipped} if num_skipped else {}
         self.output.metrics(metrics, pending.step)
         self.display.record(pending.step, metrics, straggler)
+        if longest_row >= self.config.train.max_nonfinite:
+            self._give_up(int(longest_row))
 
-    def evaluate(self) -> None:
-        """Collective: every rank must call. Ends the epoch: evaluate, record, remember the best, save."""
+    def _give_up(self, num_steps: int) -> None:
+        reason = (
+            f"the gradients of {num_steps} steps in a row, up to step {self.position.global_step:,}, were not finite "
+            f"(train.max_nonfinite = {self.config.train.max_nonfinite}); none of them changed the weights. Lower "
+            "optim.lr, set train.clip_norm, or look for what is wrong in the data"
+        )
+        raise NonFiniteError(reason) if self.rank.is_main else RemoteError(reason)
+
+    def evaluate(self) -> bool:
+        """Collective: every rank must call. Ends the epoch: evaluate, record, remember the best, save.
+
+        False if it was interrupted by a request to stop: then it is done when the training is resumed.
+        """
         started = time.perf_counter()
-        evaluation = self.evaluator.evaluate()
+        self.ballot.begin()
+        try:
+            evaluation = self.evaluator.evaluate(lambda: self.ballot.after_step(stop=bool(self.stop)).stop)
+        except Interrupted:
+            return False
         seconds = time.perf_counter() - started
         self.timer.start()  # it belongs to no step
         self.last_evaluation = evaluation
@@ -179,6 +209,7 @@ class Trainer:
             self.output.save_best(self.network.state_dict())
         self.position = replace(self.position, epoch=self.position.epoch + 1, samples_seen=0)
         self.save(value)
+        return True
 
     def save(self, value: float | None = None) -> None:
         """Collective: every rank must call. `value` is the evaluation at this step, if there was one."""
@@ -187,6 +218,7 @@ class Trainer:
         started = time.perf_counter()
         self.output.save_checkpoint(self.state(), value)
         seconds = time.perf_counter() - started
+        self._saved_at, self.stop.wants_save = time.monotonic(), False
         self.output.metrics({"time/save_seconds": seconds}, self.position.global_step)
         self.display.saved(self.position.global_step, seconds)
         self.timer.start()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.communication.ddp import wrap
 from pipeline.communication.node_average import open_node_average
+from pipeline.communication.shards import Shards, open_shards
 from pipeline.distributed import Rank
 from pipeline.timing import PhaseTimer
 
@@ -28,6 +29,14 @@ class Replicas:
     """Around forward and backward of those before, whose gradients are only added up."""
     gradients: str = "of one rank"
     """How they are averaged, for the record."""
+
+
+def replicate_by_shards(network: nn.Module, rank: Rank, num_shards: int, *, timeout: float) -> tuple[Replicas, Shards]:
+    """Collective: every rank must call. As `replicate`, for steps that sum the gradients of shards in their order."""
+    if rank.world_size > 1:
+        network.load_state_dict(rank.from_main(network.state_dict))
+    shards, gradients = open_shards(rank, network, num_shards, timeout)
+    return Replicas(network, gradients=gradients), shards
 
 
 def replicate(

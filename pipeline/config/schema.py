@@ -120,6 +120,18 @@ class TrainConfig(Section):
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads per rank; null: cores of the node / ranks of the node"
     )
+    reproducible: bool = Field(
+        False, description="the same bits in the weights on any number of ranks, for more time per step"
+    )
+    virtual_shards: int = Field(
+        8, ge=1, le=1024, description="parts of a global batch with reproducible; the most ranks there can be"
+    )
+    deterministic: bool = Field(
+        False, description="the same bits in each repetition on GPUs too, where torch has deterministic kernels"
+    )
+    max_nonfinite: int = Field(
+        20, ge=1, description="steps in a row with gradients that are not finite, all skipped, before giving up"
+    )
     hang_timeout: float = Field(300.0, ge=1, description="seconds after which a collective that stands still fails")
     log_every: int = Field(10, ge=1, description="optimizer steps between two records of train/*, perf/* and time/*")
     profile: int = Field(0, ge=0, le=1000, description="steps of rank 0 to trace with torch's profiler; 0: none")
@@ -128,6 +140,9 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int | None = Field(
         None, ge=1, description="optimizer steps between checkpoints; null: at the end of each epoch only"
+    )
+    every_minutes: float | None = Field(
+        None, gt=0, description="minutes between checkpoints besides; null: by steps only"
     )
     keep: int = Field(2, ge=1, description="most recent checkpoints kept")
     keep_best: int = Field(1, ge=0, description="best checkpoints kept besides")
@@ -229,6 +244,12 @@ def find_contradictions(config: Config) -> Iterable[Problem]:
             ("train.accumulate", "data.global_batch_size"),
             f"train.accumulate = {train.accumulate}: more micro-batches than the {data.global_batch_size} samples of "
             "data.global_batch_size",
+        )
+    if train.reproducible and train.accumulate > 1:
+        yield Problem(
+            ("train.accumulate", "train.reproducible"),
+            f"train.accumulate = {train.accumulate}: a reproducible step computes its shards one after the other as it "
+            "is; accepted: 1, and a larger train.virtual_shards for less memory",
         )
     if (data.mean is None) != (data.std is None):
         yield Problem(("data.mean", "data.std"), "data.mean and data.std: set both, or neither (the dataset's own)")

@@ -42,13 +42,18 @@ class GlobalOrderSampler(DistributedSampler[int]):
         world_size: int = 1,
         rank: int = 0,
         accumulate: int = 1,
+        shards: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
     ):
+        """With `shards` each global batch is cut into so many, whatever the number of ranks; a rank's are its
+        micro-batches. Without, a rank's share is cut into `accumulate` of them.
+        """
         super().__init__(cast(Dataset[int], range(num_samples)), world_size, rank, shuffle=shuffle, seed=seed)
         self.total_size = num_samples
         self.global_batch_size = global_batch_size
         self.accumulate = accumulate
+        self.shards = shards
         self.samples_seen = 0
 
     @property
@@ -82,9 +87,15 @@ class GlobalOrderSampler(DistributedSampler[int]):
         order = self.order().to(device)
         for start in range(self.samples_seen, self.total_size, self.global_batch_size):
             global_batch = order[start : start + self.global_batch_size]
+            yield StepIndices(start, len(global_batch), self._cut(global_batch))
+
+    def _cut(self, global_batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The micro-batches of this rank."""
+        if self.shards is None:
             mine = global_batch[share(len(global_batch), self.rank, self.num_replicas)]
-            micro = tuple(mine[share(len(mine), i, self.accumulate)] for i in range(self.accumulate))
-            yield StepIndices(start, len(global_batch), micro)
+            return tuple(mine[share(len(mine), i, self.accumulate)] for i in range(self.accumulate))
+        own = share(self.shards, self.rank, self.num_replicas)
+        return tuple(global_batch[share(len(global_batch), i, self.shards)] for i in range(own.start, own.stop))
 
     def __iter__(self) -> Iterator[int]:
         for step in self.steps():
@@ -94,3 +105,17 @@ class GlobalOrderSampler(DistributedSampler[int]):
     def __len__(self) -> int:
         """Samples of this rank in what remains of the epoch."""
         return sum(len(micro_batch) for step in self.steps() for micro_batch in step.micro_batches)
+
+
+class BlockSampler(GlobalOrderSampler):
+    """In the order of the dataset, in blocks that are the same on any number of ranks: what is computed of one does
+    not depend on their number. The ranks take turns."""
+
+    def __init__(self, num_samples: int, *, block_size: int, world_size: int, rank: int):
+        super().__init__(
+            num_samples, global_batch_size=block_size * world_size, world_size=world_size, rank=rank, shuffle=False
+        )
+        self._block_size = block_size
+
+    def _cut(self, global_batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (global_batch[self.rank * self._block_size : (self.rank + 1) * self._block_size],)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ def _other_times_around_a_slow_evaluation(rank: Rank) -> tuple[list[float], list
     trainer, recorder = make_trainer(rank, config_of(*settings), 128)
     evaluate = trainer.evaluator.evaluate
 
-    def slowly() -> Evaluation:
+    def slowly(is_interrupted: Callable[[], bool]) -> Evaluation:
         time.sleep(SLOW)
-        return evaluate()
+        return evaluate(is_interrupted)
 
     trainer.evaluator.evaluate = slowly  # type: ignore[method-assign]
     assert isinstance(trainer.evaluator, Evaluator)

@@ -19,8 +19,9 @@ from pipeline.preemption import listen_for_stop
 from pipeline.timing import StartupTimer
 from tests.ranks import RankFailed, run_ranks
 from tests.train.helpers import DEFAULT, config_of
+from train import ballot
 from train.main import train
-from train.step import EagerStep
+from train.step import EagerStep, Step
 
 SMALL = (
     "data.dataset=synthetic",
@@ -43,16 +44,18 @@ def run(
     at_step: int | None = None,
     send: signal.Signals = signal.SIGUSR1,
     to: tuple[int, ...] = (1,),
+    step: type = EagerStep,
 ) -> None:
-    """Train in `folder`/run; before `at_step`, the ranks `to` send themselves a signal."""
-    run_ranks(world_size, _train, (*SMALL, f"run.dir={folder}", "run.name=run", *settings), at_step, send, to)
+    """Train in `folder`/run; before `at_step`, executed by `step`, the ranks `to` send themselves a signal."""
+    run_ranks(world_size, _train, (*SMALL, f"run.dir={folder}", "run.name=run", *settings), at_step, send, to, step)
 
 
 def _train(
-    rank: Rank, settings: tuple[str, ...], at_step: int | None, send: signal.Signals, to: tuple[int, ...]
+    rank: Rank, settings: tuple[str, ...], at_step: int | None, send: signal.Signals, to: tuple[int, ...], step: Any
 ) -> None:
     if at_step is not None and rank.rank in to:
-        EagerStep.__call__ = _with_signal(EagerStep.__call__, at_step, send)  # type: ignore[method-assign]
+        step.__call__ = _with_signal(step.__call__, at_step, send)
+    ballot.VOTE_EVERY = 0.0  # at each step
     launch = Launch(rank.rank, rank.local_rank, rank.world_size, rank.local_world_size)
     with listen_for_stop() as stop:
         session = train(config_of(*settings), CommandLine(DEFAULT, settings, False), launch, rank, stop, StartupTimer())
@@ -60,7 +63,7 @@ def _train(
 
 
 def _with_signal(step: Callable[..., torch.Tensor], at_step: int, send: signal.Signals) -> Any:
-    def call(self: EagerStep, batch: Batch, *, lr: float, global_step: int) -> torch.Tensor:
+    def call(self: Step, batch: Batch, *, lr: float, global_step: int) -> torch.Tensor:
         if global_step == at_step:
             os.kill(os.getpid(), send)
         return step(self, batch, lr=lr, global_step=global_step)
