@@ -62,6 +62,7 @@ class TrainingState:
     meter: dict[str, Any]
     config: dict[str, Any] = field(default_factory=dict)
     """Dotted key -> value, as the training was run with."""
+    dataset_digest: str = ""
 
 
 class Checkpoints:
@@ -76,24 +77,19 @@ class Checkpoints:
     def save(self, state: TrainingState, value: float | None = None) -> Path:
         """Write a checkpoint, then remove what `keep` and `keep_best` do not cover.
 
-        `value` is the evaluation at this step, if there was one: what `keep_best` goes by.
+        `value` is the evaluation at this step, if there was one: what `keep_best` goes by. Raises OSError if it cannot
+        be written, with the checkpoints there were as they were.
         """
         target = self.folder / f"step-{state.position.global_step:08d}"
         temporary = self.folder / f".writing-{target.name}"
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob(".writing-*"):
             shutil.rmtree(stale)
-        temporary.mkdir()
-        _write(temporary / "model.pt", state.model)
-        _write(
-            temporary / "training.pt",
-            {"optimizer": state.optimizer, "scaler": state.scaler, "meter": state.meter},
-        )
-        position = {**asdict(state.position), "best": state.best and asdict(state.best), "run_id": state.run_id}
-        _write(temporary / "position.json", {**position, "value": value, "config": state.config})
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-        _write(temporary / "manifest.json", {"format": FORMAT, "files": files})
-        _sync_folder(temporary)
+        try:
+            self._write_folder(temporary, state, value)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)  # it may have taken the last of the room
+            raise
         if target.exists():  # the end of an epoch at a step that was saved already; valid until it is replaced
             replaced = self.folder / f"{target.name}.old"
             # one left by a kill is what this attempt began from, the target then being damaged
@@ -102,6 +98,21 @@ class Checkpoints:
         _sync_folder(self.folder)
         self._prune(state.position.global_step)
         return target
+
+    def _write_folder(self, temporary: Path, state: TrainingState, value: float | None) -> None:
+        """All files of a checkpoint, forced to the disk."""
+        temporary.mkdir()
+        _write(temporary / "model.pt", state.model)
+        _write(
+            temporary / "training.pt",
+            {"optimizer": state.optimizer, "scaler": state.scaler, "meter": state.meter},
+        )
+        position = {**asdict(state.position), "best": state.best and asdict(state.best), "run_id": state.run_id}
+        identity = {"config": state.config, "dataset_digest": state.dataset_digest}
+        _write(temporary / "position.json", {**position, "value": value, **identity})
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        _write(temporary / "manifest.json", {"format": FORMAT, "files": files})
+        _sync_folder(temporary)
 
     def all(self) -> list[Path]:
         """Checkpoints, sound and damaged, the latest first."""
@@ -139,6 +150,13 @@ class Checkpoints:
 def load_checkpoint(path: Path) -> TrainingState:
     """Read one checkpoint onto the CPU. Raises CheckpointError if a file is missing, damaged or not ours."""
     _verify(path)
+    try:
+        return _load(path)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is none of ours ({type(error).__name__}: {error})") from error
+
+
+def _load(path: Path) -> TrainingState:
     position = json.loads((path / "position.json").read_bytes())
     training = _load_tensors(path / "training.pt")
     return TrainingState(
@@ -150,6 +168,7 @@ def load_checkpoint(path: Path) -> TrainingState:
         training["scaler"],
         training["meter"],
         position["config"],
+        position["dataset_digest"],
     )
 
 
@@ -157,7 +176,11 @@ def save_atomically(path: Path, content: Any) -> None:
     """Write tensors (`.pt`) or JSON so that `path` holds either what it held or all of the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{path.name}")
-    _write(temporary, content)
+    try:
+        _write(temporary, content)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
     _sync_folder(path.parent)
 

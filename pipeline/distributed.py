@@ -43,6 +43,8 @@ class Launch:
     """Of the job under torchrun, the same across elastic restarts; None without torchrun."""
     is_restart: bool = False
     """Whether torchrun has restarted the job after a failure."""
+    launcher_pid: int | None = None
+    """Of torchrun; None without it."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
@@ -61,7 +63,8 @@ class Launch:
             run_id = f"{socket.gethostname()}-{os.getppid()}-{_start_ticks(os.getppid())}"
         rank, local_rank, world_size, local_world_size = (int(environment[name]) for name in names)
         restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        return cls(rank, local_rank, world_size, local_world_size, run_id, restarts > 0)
+        launcher_pid = None if run_id is None else os.getppid()
+        return cls(rank, local_rank, world_size, local_world_size, run_id, restarts > 0, launcher_pid)
 
     def await_end(self, seconds: float) -> None:
         """Leave the first word to the rank that has the cause: the launcher ends this one when that has exited.
@@ -236,6 +239,16 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def record_collectives() -> None:
+    """Have NCCL write what each rank was doing to /tmp when a collective times out: torch's flight recorder.
+
+    Newer versions of torch call it FR, older ones NCCL.
+    """
+    for prefix, size in (("TORCH_FR", "BUFFER_SIZE"), ("TORCH_NCCL", "TRACE_BUFFER_SIZE")):
+        os.environ.setdefault(f"{prefix}_{size}", "2000")
+        os.environ.setdefault(f"{prefix}_DUMP_ON_TIMEOUT", "1")
+
+
 @contextmanager
 def start_rank(
     launch: Launch,
@@ -260,6 +273,8 @@ def start_rank(
         torch.cuda.set_device(chosen)  # first of all, or every rank opens a context on GPU 0
     if backend == "auto":
         backend = "nccl" if chosen.type == "cuda" else "gloo"
+    if backend == "nccl":
+        record_collectives()
     num_threads = choose_threads(launch, threads)
     torch.set_num_threads(num_threads)
     keep_freed_memory()

@@ -16,21 +16,26 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Set by a signal. The handler does nothing else: work in a handler can deadlock with what it interrupted."""
+    """Set by a signal or a thread. A handler does nothing else: work in it can deadlock with what it interrupted."""
 
     def __init__(self) -> None:
-        self.signal_name: str | None = None
+        self.reason: str | None = None
         self.wants_save = False
         """Whether a checkpoint was asked for, with which the training goes on."""
         self._received = 0.0
 
     def __bool__(self) -> bool:
-        return self.signal_name is not None
+        return self.reason is not None
+
+    def ask(self, reason: str) -> None:
+        """Of the first request the reason is kept."""
+        if not self:
+            self.reason, self._received = reason, time.monotonic()
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """A second request ends the process at once."""
         if not self:
-            self.signal_name, self._received = signal.Signals(number).name, time.monotonic()
+            self.ask(signal.Signals(number).name)
         elif time.monotonic() - self._received > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -216,6 +216,22 @@ def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool, 
         )
 
 
+def check_same_training(
+    folder: RunFolder, config: Config, saved: Mapping[str, Any], saved_digest: str, digest: str
+) -> None:
+    """Raises RunError if a checkpoint, with its config and digest of its dataset, is of another training than this."""
+    now = json.loads(json.dumps({key: config.get(key) for key in IDENTITY}))  # as it was saved
+    known = [key for key in IDENTITY if key in saved]
+    changed = [f"{key} was {saved[key]}, is {now[key]}" for key in known if saved[key] != now[key]]
+    if digest != saved_digest:
+        changed.append(f"{config.data.dataset} has other images or labels (digest {saved_digest}, now {digest})")
+    if changed:
+        raise RunError(
+            f"the checkpoints in {folder.checkpoints} are of another training: {'; '.join(changed)}. Choose another "
+            "run.name, or go back to what it was"
+        )
+
+
 def changes(folder: RunFolder, config: Config) -> list[tuple[str, Any, Any]]:
     """(key, value before, value now) of all that differs from the config the folder was last run with."""
     if not folder.config.exists():  # killed at its very beginning

@@ -20,10 +20,10 @@ def handlers() -> list[object]:
 def test_a_signal_becomes_a_request(number: signal.Signals) -> None:
     with listen_for_stop() as stop:
         assert not stop
-        assert stop.signal_name is None
+        assert stop.reason is None
         os.kill(os.getpid(), number)
         assert stop
-        assert stop.signal_name == number.name
+        assert stop.reason == number.name
 
 
 def test_slurm_torchrun_and_people_are_listened_to() -> None:
@@ -68,7 +68,7 @@ def end_of_child(*numbers: signal.Signals, apart: float = 2 * SAME_REQUEST) -> t
                 for number in numbers:
                     os.kill(os.getpid(), number)
                     now[0] += apart
-                os._exit(0 if stop.signal_name == numbers[0].name else 1)
+                os._exit(0 if stop.reason == numbers[0].name else 1)
         finally:
             os._exit(2)
     _, status = os.waitpid(child, 0)

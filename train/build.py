@@ -49,6 +49,8 @@ from train.static_step import StaticStep, has_batch_statistics
 from train.step import EagerStep, Step, StepParts
 from train.trainer import Trainer
 
+LAST_WORDS = 5.0
+"""Seconds by which the others are more patient than the watchdog of a rank that stands still, which knows the cause."""
 MIN_BLOCKS = 8
 """Of an evaluation, so that small ones are shared among some ranks too."""
 
@@ -154,7 +156,7 @@ def join(config: Config, launch: Launch) -> AbstractContextManager[Rank]:
         # another number of threads gives other bits, and the default depends on the number of ranks
         threads=settings.threads or (1 if settings.reproducible else None),
         deterministic=settings.reproducible or settings.deterministic,
-        timeout=settings.hang_timeout,
+        timeout=settings.hang_timeout + LAST_WORDS,
     )
 
 
@@ -224,7 +226,7 @@ def build_trainer(
     eval_loader = _build_loader(config, choices.placement, dataset.evaluation, eval_sampler, normalize, apart)
     if config.train.reproducible:
         replicas, shards = replicate_by_shards(
-            network, rank, config.train.virtual_shards, timeout=config.train.hang_timeout
+            network, rank, config.train.virtual_shards, timeout=config.train.hang_timeout + LAST_WORDS
         )
     else:
         shards, replicas = (
@@ -234,7 +236,7 @@ def build_trainer(
                 rank,
                 timer,
                 normalize(dataset.train.images[:1].to(rank.device)),
-                timeout=config.train.hang_timeout,
+                timeout=config.train.hang_timeout + LAST_WORDS,
                 shared_memory=config.train.backend == "auto",
                 accumulate=config.train.accumulate,
                 compress=choices.compress,
@@ -270,6 +272,7 @@ def build_trainer(
         startup=startup,
         profiler=StepProfiler(config.train.profile) if config.train.profile and rank.is_main else NoProfiler(),
         run_id=run_id,
+        dataset_digest=dataset.digest,
     )
 
 

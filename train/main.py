@@ -27,6 +27,7 @@ from pipeline.timing import StartupTimer
 from train import build
 from train.plan import describe_plan
 from train.session import DIGITS_NOTE, Session, open_session
+from train.watchdog import build_looks, watching
 
 
 @record
@@ -114,7 +115,8 @@ def train(
             startup.lap("build")
             if session.start.checkpoint is not None:
                 trainer.load_state(session.start.checkpoint)
-            outcome = trainer.fit()
+            with watching(*build_looks(config, launch, session, trainer)):
+                outcome = trainer.fit()
             session.end(outcome, trainer)
     return session
 

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ class RunOutput(Protocol):
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
     def save_checkpoint(self, state: TrainingState, value: float | None) -> None: ...
-    def save_best(self, model: Mapping[str, Any]) -> None: ...
+    def save_best(self, model: Mapping[str, Any]) -> bool: ...
     def predictions(self, evaluator: Evaluator, step: int) -> None: ...
     def save_trace(self, write: Callable[[str], object]) -> None: ...
     def choices(self, values: Mapping[str, str]) -> None: ...
@@ -41,8 +42,8 @@ class NullOutput:
     def save_checkpoint(self, state: TrainingState, value: float | None) -> None:
         pass
 
-    def save_best(self, model: Mapping[str, Any]) -> None:
-        pass
+    def save_best(self, model: Mapping[str, Any]) -> bool:
+        return True
 
     def predictions(self, evaluator: Evaluator, step: int) -> None:
         pass
@@ -54,7 +55,7 @@ class NullOutput:
         pass
 
 
-@dataclass(frozen=True)
+@dataclass
 class FolderOutput:
     """Of rank 0: the journal, the checkpoints and the status of one run folder."""
 
@@ -63,17 +64,42 @@ class FolderOutput:
     checkpoints: Checkpoints
     tag_prefix: str = ""
     """Of what this attempt records as tags."""
+    saved_step: int | None = None
+    """Of the latest checkpoint."""
+    num_failed_saves: int = 0
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         self.journal.metrics(values, step)
 
     def save_checkpoint(self, state: TrainingState, value: float | None) -> None:
-        self.journal.sync()  # first: points before a checkpoint are not recorded again
-        self.checkpoints.save(state, value)
-        self.folder.update_status(epoch=state.position.epoch, global_step=state.position.global_step)
+        """Where it cannot be written, the training goes on with the checkpoints there are, and says so."""
+        position = state.position
+        try:
+            self.journal.sync()  # first: points before a checkpoint are not recorded again
+            self.checkpoints.save(state, value)
+        except OSError as error:
+            self._tell_failed_save("CHECKPOINT", position.global_step, error)
+            return
+        self.saved_step = position.global_step
+        with suppress(OSError):  # the disk may be full by now; the checkpoint counts
+            self.folder.update_status(epoch=position.epoch, global_step=position.global_step)
 
-    def save_best(self, model: Mapping[str, Any]) -> None:
-        save_atomically(self.folder.model / "best.pt", dict(model))
+    def save_best(self, model: Mapping[str, Any]) -> bool:
+        """Whether it could be written."""
+        try:
+            save_atomically(self.folder.model / "best.pt", dict(model))
+        except OSError as error:
+            self._tell_failed_save("model/best.pt", None, error)
+            return False
+        return True
+
+    def _tell_failed_save(self, what: str, step: int | None, error: OSError) -> None:
+        self.num_failed_saves += 1
+        where = f" at step {step:,}" if step is not None else ""
+        last = f"the last one is of step {self.saved_step:,}" if self.saved_step is not None else "there is none yet"
+        logger.error("NO %s COULD BE WRITTEN%s: %s; the training goes on, %s", what, where, error, last)
+        name = f"{self.tag_prefix}failed_saves"
+        self.journal.append("tags", values={name: f"{self.num_failed_saves}, the last{where}: {error}"})
 
     def predictions(self, evaluator: Evaluator, step: int) -> None:
         """Of the first test images, to be seen as slides over the training."""

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.checkpoint import TrainingState
+from pipeline.checkpoint import Position, TrainingState
 from pipeline.config import Config
 from pipeline.credentials import without_credentials
 from pipeline.data.datasets import Dataset
@@ -23,6 +23,7 @@ from pipeline.run_folder import (
     RunFolder,
     changes,
     check_resumable,
+    check_same_training,
     choose_run,
     training_lock,
 )
@@ -91,10 +92,18 @@ class Attempt:
             stack.enter_context(training_lock(folder))
         state = checkpoints.load_latest()
         check_resumable(folder, self.config, has_checkpoint=state is not None, launch_id=self.launch.run_id)
+        if state is not None:
+            check_same_training(folder, self.config, state.config, state.dataset_digest, self.dataset.digest)
         if not folder.path.exists():
             folder.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(training_lock(folder))
         status = folder.status()
+        num_fruitless = self._count_fruitless(folder, state.position if state else None)
+        if num_fruitless >= self.config.run.max_attempts:
+            raise RunError(
+                f"run {folder.name} has ended {num_fruitless} times in a row without a new checkpoint: look at its log "
+                f"for the reason; run.max_attempts={num_fruitless + 1} or more tries again"
+            )
         if status.get("state") == "finished" and status.get("epoch", 0) >= self.config.train.epochs:
             logger.info(
                 "run %s is finished (%d epochs) and left as it is; raise train.epochs to go on, or choose another "
@@ -106,13 +115,27 @@ class Attempt:
                 logger.info("MLflow has not everything of it; publish the rest with: %s", sync_command(folder))
             return Start("", folder.path, None, is_finished=True)
         journal = Journal(folder.journal)
+        if state is not None and journal.run_id not in (None, state.run_id):
+            raise RunError(
+                f"the checkpoints in {folder.checkpoints} are of run {state.run_id}, the journal beside them is of "
+                f"{journal.run_id}: move away what does not belong to {folder.name}"
+            )
         prefix = f"resume.{journal.num_attempts}." if journal.run_id else ""
-        self.output = FolderOutput(folder, journal, checkpoints, prefix)
+        saved_step = state.position.global_step if state else None
+        self.output = FolderOutput(folder, journal, checkpoints, prefix, saved_step)
         write_slide_images(folder, self.dataset, NUM_SLIDE_IMAGES)
         run_id = self._record_beginning(folder, journal, state)
         if self.config.tracking.enabled:
             self._start_publisher(folder)
         return Start(run_id, folder.path, state)
+
+    def _count_fruitless(self, folder: RunFolder, position: Position | None) -> int:
+        """Attempts in a row that failed or were killed, without a new checkpoint."""
+        status = folder.status()
+        if status.get("state") not in ("running", "failed"):
+            return 0
+        has_progress = status.get("began_at_step") != (position.global_step if position else 0)
+        return 0 if has_progress else status.get("fruitless_attempts", 0) + 1
 
     def _start_publisher(self, folder: RunFolder) -> None:
         try:
@@ -125,7 +148,7 @@ class Attempt:
         tags = self._tags()
         run_id = journal.run_id
         if run_id is None:
-            run_id = uuid.uuid4().hex
+            run_id = state.run_id if state else uuid.uuid4().hex
             self._record_new_run(journal, run_id, tags)
             logger.info("run %s: %s", folder.name, os.path.relpath(folder.path))
         else:
@@ -143,8 +166,10 @@ class Attempt:
         position = state.position if state else None
         folder.update_status(
             run_id=run_id,
+            fruitless_attempts=self._count_fruitless(folder, position),
             launch_id=self.launch.run_id,
             tracking_uri=without_credentials(self.uri),
+            began_at_step=position.global_step if position else 0,
             epoch=position.epoch if position else 0,
             global_step=position.global_step if position else 0,
         )
@@ -194,8 +219,13 @@ class Attempt:
 
     def preempt(self, trainer: Trainer) -> None:
         assert self.output is not None
-        reason = f"on {trainer.stop.signal_name}" if trainer.stop else "as another rank was asked to"
+        reason = f"on {trainer.stop.reason}" if trainer.stop else "as another rank was asked to"
         step, name = trainer.position.global_step, self.output.folder.name
+        if self.output.saved_step != step:
+            raise RunError(
+                f"stopped {reason} behind step {step}, which could not be saved; run.name={name} goes on "
+                f"behind step {self.output.saved_step or 0}"
+            )
         self.output.end("preempted", f"stopped {reason} behind step {step}")
         self.last_lines = [
             f"stopped {reason} behind step {step}, all saved; to continue, the same command with run.name={name}"
@@ -263,6 +293,11 @@ class Session:
         else:
             self.attempt.finish(trainer, predictions)
 
+    def fail(self, cause: BaseException) -> None:
+        """Record that the attempt ended so."""
+        if self.attempt is not None:
+            self.attempt.fail(cause)
+
     def close(self) -> None:
         """After the process group is left: wait for the publisher, and say the last lines."""
         if self.attempt is not None:
@@ -282,11 +317,11 @@ def open_session(
         if rank.local_rank == 0 and config.tracking.system_every > 0 and not start.is_finished:
             sampler = SamplerProcess(start.folder, config.tracking.system_every)
             stack.callback(sampler.close)
+        session = Session(start, attempt, sampler)
         try:
-            yield Session(start, attempt, sampler)
+            yield session
         except BaseException as error:
-            if attempt is not None:
-                attempt.fail(error)
+            session.fail(error)
             raise
 
 

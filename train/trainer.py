@@ -23,6 +23,7 @@ from train.display import Display
 from train.evaluation import Evaluator, Interrupted
 from train.output import RunOutput
 from train.profiling import Profiler
+from train.pulse import Pulse
 from train.step import Step
 
 NUM_SLIDES = 32
@@ -62,6 +63,8 @@ class Trainer:
     startup: StartupTimer
     profiler: Profiler
     run_id: str
+    dataset_digest: str
+    pulse: Pulse = field(default_factory=Pulse)
     position: Position = field(default_factory=Position)
     best: Best | None = None
     last_evaluation: Evaluation | None = None
@@ -116,6 +119,7 @@ class Trainer:
             self._num_samples += batch.global_count
             self.display.advance(batch.global_count)
             self._after_step(lr)
+            self.pulse.beat()
             self.timer.lap("other")
             if self._stopping:
                 break
@@ -192,7 +196,7 @@ class Trainer:
         started = time.perf_counter()
         self.ballot.begin()
         try:
-            evaluation = self.evaluator.evaluate(lambda: self.ballot.after_step(stop=bool(self.stop)).stop)
+            evaluation = self.evaluator.evaluate(self._after_evaluation_step)
         except Interrupted:
             return False
         seconds = time.perf_counter() - started
@@ -204,12 +208,17 @@ class Trainer:
             self.output.predictions(self.evaluator, self.position.global_step)
         self.display.evaluated(self.position.epoch, evaluation, seconds)
         value = values[self.config.checkpoint.metric]
-        if self.best is None or is_better(self.config.checkpoint.metric, value, self.best.value):
+        is_best = self.best is None or is_better(self.config.checkpoint.metric, value, self.best.value)
+        if is_best and self.output.save_best(self.network.state_dict()):  # else the best before it stays
             self.best = Best(value, self.position.global_step)
-            self.output.save_best(self.network.state_dict())
         self.position = replace(self.position, epoch=self.position.epoch + 1, samples_seen=0)
         self.save(value)
         return True
+
+    def _after_evaluation_step(self) -> bool:
+        """Collective: every rank must call. Whether all are to stop."""
+        self.pulse.beat()
+        return self.ballot.after_step(stop=bool(self.stop)).stop
 
     def save(self, value: float | None = None) -> None:
         """Collective: every rank must call. `value` is the evaluation at this step, if there was one."""
@@ -219,6 +228,7 @@ class Trainer:
         self.output.save_checkpoint(self.state(), value)
         seconds = time.perf_counter() - started
         self._saved_at, self.stop.wants_save = time.monotonic(), False
+        self.pulse.beat()
         self.output.metrics({"time/save_seconds": seconds}, self.position.global_step)
         self.display.saved(self.position.global_step, seconds)
         self.timer.start()
@@ -234,6 +244,7 @@ class Trainer:
             scaler=self.precision.state_dict(),
             meter=self.meter.state(self.rank),
             config=self.config.flat(),
+            dataset_digest=self.dataset_digest,
         )
 
     def load_state(self, state: TrainingState) -> None:

@@ -35,8 +35,8 @@ class Recorder:
     def save_checkpoint(self, state: TrainingState, value: float | None) -> None:
         self.states.append(state)
 
-    def save_best(self, model: Mapping[str, Any]) -> None:
-        pass
+    def save_best(self, model: Mapping[str, Any]) -> bool:
+        return True
 
     def predictions(self, evaluator: Evaluator, step: int) -> None:
         pass

@@ -1,0 +1,170 @@
+"""A thread of each rank that sees from outside what the training cannot: that it stands still, or that nobody wants it.
+
+Once a second it looks whether the training still gives signs of life, whether the launcher is still there, and, on rank
+0, whether a file asks for a checkpoint or for the end.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+
+from pipeline.communication.node_average import NodeAverage
+from pipeline.communication.shards import Shards
+from pipeline.config import Config
+from pipeline.data.loading import ResidentLoader, StreamedLoader
+from pipeline.distributed import Launch, PendingSum, Rank
+from pipeline.precision import Precision
+from pipeline.preemption import StopRequest
+from train.evaluation import Evaluator
+from train.pulse import Pulse
+from train.session import Session
+from train.shard_step import ShardStep
+from train.static_step import StaticStep
+from train.step import EagerStep
+from train.trainer import Trainer
+
+LOOK_EVERY = 1.0
+"""Seconds."""
+GRACE = 25.0
+"""Seconds in which a training without a launcher has to save and to leave."""
+WAITING = "waiting for other ranks"
+logger = logging.getLogger("convoy")
+
+PHASES: dict[CodeType, str] = {
+    Trainer.save.__code__: "the save of a checkpoint",
+    Evaluator.evaluate.__code__: "the evaluation",
+    ResidentLoader.__iter__.__code__: "the loading of data",
+    StreamedLoader.__iter__.__code__: "the loading of data",
+    EagerStep._compute_gradient.__code__: "the forward pass",
+    ShardStep._compute_gradient.__code__: "the forward pass",
+    StaticStep.__call__.__code__: "the captured step",
+    Precision.backward.__code__: "the backward pass",
+    Precision.update.__code__: "the update of the weights",
+    NodeAverage.average.__code__: WAITING,
+    Shards.sum.__code__: WAITING,
+    PendingSum.values.__code__: WAITING,
+    Rank.reduce_sum.__code__: WAITING,
+    Rank.gather.__code__: WAITING,
+}
+"""By the innermost of these that is being executed."""
+
+
+class Watchdog:
+    """What one rank's thread looks at."""
+
+    def __init__(self, rank: Rank, pulse: Pulse, timeout: float, fail: Callable[[BaseException], None]):
+        """`timeout`: seconds without a sign of life. `fail` records the end of the run, with its reason."""
+        self._rank = rank
+        self._pulse = pulse
+        self._timeout = timeout
+        self._fail = fail
+        self._num_beats = pulse.num_beats
+        self._heard_at = time.monotonic()
+        self._thread_id = threading.get_ident()
+
+    def look(self) -> None:
+        """Ends this process if the training stands still."""
+        if self._pulse.num_beats != self._num_beats:
+            self._num_beats, self._heard_at = self._pulse.num_beats, time.monotonic()
+            return
+        silent = time.monotonic() - self._heard_at
+        # who waits is not the cause: that rank's own watchdog is to speak first, then the collective that times out
+        patience = self._timeout + (30.0 if self._phase() == WAITING else 0.0)
+        if silent >= patience:
+            self._end(silent)
+
+    def _phase(self) -> str:
+        frame: FrameType | None = sys._current_frames().get(self._thread_id)
+        while frame is not None:
+            if frame.f_code in PHASES:
+                return PHASES[frame.f_code]
+            frame = frame.f_back
+        return "the training loop"
+
+    def _end(self, silent: float) -> None:
+        reason = f"rank {self._rank.rank} stood still for {silent:.0f} s in {self._phase()} (train.hang_timeout)"
+        logger.error("%s; where its threads are:", reason)
+        faulthandler.dump_traceback(sys.__stderr__ or 2)
+        self._fail(TimeoutError(reason))
+        os._exit(1)
+
+
+class StopFiles:
+    """What rank 0 is asked by files: `stop` and `save` in the run folder, and the one that CONVOY_STOP_FILE names."""
+
+    def __init__(self, folder: Path, request: StopRequest):
+        """A request that was made before the start is none for this training."""
+        self._request = request
+        self._save = folder / "save"
+        self._stops = [folder / "stop"]
+        for path in (self._save, *self._stops):
+            path.unlink(missing_ok=True)
+        if named := os.environ.get("CONVOY_STOP_FILE"):  # whoever named it removes it
+            self._stops.append(Path(named))
+
+    def look(self) -> None:
+        if self._save.exists():
+            self._save.unlink(missing_ok=True)
+            self._request.wants_save = True
+        for path in self._stops:
+            if path.exists() and not self._request:
+                self._request.ask(f"request by {path}")
+                self._stops[0].unlink(missing_ok=True)
+
+
+class Launcher:
+    """Whether torchrun, which started this process, is still there."""
+
+    def __init__(self, pid: int, request: StopRequest):
+        self._pid = pid
+        self._request = request
+        self._died_at: float | None = None
+
+    def look(self) -> None:
+        """Without it, ask to stop; and end this process if that takes too long."""
+        if os.getppid() == self._pid:
+            return
+        now = time.monotonic()
+        if self._died_at is None:
+            self._died_at = now
+            logger.error("the launcher (process %d) is gone: saving, and leaving", self._pid)
+            self._request.ask("the death of the launcher")
+        elif now - self._died_at > GRACE:
+            os._exit(1)
+
+
+@contextmanager
+def watching(*looks: Callable[[], None]) -> Iterator[None]:
+    """Call each of `looks` every second, in a thread."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(LOOK_EVERY):
+            for look in looks:
+                look()
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def build_looks(config: Config, launch: Launch, session: Session, trainer: Trainer) -> Iterator[Callable[[], None]]:
+    """What the thread of this rank has to look at."""
+    yield Watchdog(trainer.rank, trainer.pulse, config.train.hang_timeout, session.fail).look
+    if launch.launcher_pid is not None:
+        yield Launcher(launch.launcher_pid, trainer.stop).look
+    if trainer.rank.is_main:
+        yield StopFiles(session.start.folder, trainer.stop).look
