@@ -200,7 +200,7 @@ def impose(condition: str, server: MlflowServer, proxy: FaultyProxy, run: Path, 
     if condition != "down":
         wait_for(lambda: "mlflow_run_id" in folder.status())
     if condition == "dead":
-        wait_for(lambda: has_points(server, folder))
+        wait_for(lambda: "train/loss" in mlflow_run(server, folder).data.metrics)
     if condition == "killed":
         for number in range(NUM_KILLS):
             server.kill()
@@ -214,10 +214,13 @@ def impose(condition: str, server: MlflowServer, proxy: FaultyProxy, run: Path, 
     if condition == "dead":
         training.result()
         wait_for_publisher(run)
+        if mlflow_run(server, folder).info.status == "FINISHED":
+            raise BenchmarkError("dead: all was published, though nobody could")
 
 
-def has_points(server: MlflowServer, folder: RunFolder) -> bool:
-    return "train/loss" in MlflowClient(server.url).get_run(folder.status()["mlflow_run_id"]).data.metrics
+def mlflow_run(server: MlflowServer, folder: RunFolder) -> Any:
+    """What the server has of the run, past the proxy."""
+    return MlflowClient(server.url).get_run(folder.status()["mlflow_run_id"])
 
 
 def wait_for_publisher(run: Path) -> None:
@@ -238,10 +241,10 @@ def compare(run: Path, server: MlflowServer) -> dict[str, Any]:
     client = MlflowClient(server.url)
     recorded, found = recorded_history(run), find_runs(client, run)
     lines = [f"{len(found)} runs in MLflow"] if len(found) != 1 else []
-    for mlflow_run in found[:1]:
-        lines += differences(recorded, stored_history(client, mlflow_run.info.run_id))
-        if mlflow_run.info.status != "FINISHED":
-            lines.append(f"status {mlflow_run.info.status}")
+    for found_run in found[:1]:
+        lines += differences(recorded, stored_history(client, found_run.info.run_id))
+        if found_run.info.status != "FINISHED":
+            lines.append(f"status {found_run.info.status}")
     return {"points": sum(map(len, recorded.values())), "differences": lines}
 
 

@@ -16,12 +16,17 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "T
 
 
 @pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine where nothing was set up; a test that wants more sets it."""
+    before = set(os.environ)
     for name in list(os.environ):
         if name in LAUNCHER_VARIABLES or name.startswith(("SLURM_", "MLFLOW_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    yield
+    for name in set(os.environ) - before:
+        if name.startswith("MLFLOW_"):  # mlflow.set_tracking_uri sets it for processes that are started later, too
+            del os.environ[name]
 
 
 @pytest.fixture(scope="session")

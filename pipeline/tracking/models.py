@@ -32,17 +32,27 @@ def log_model(folder: RunFolder, client: MlflowClient, uri: str, run_id: str, re
     `model` is on the CPU, in eval mode, and takes float32 pixels in 0..255, normalising them itself, so that it
     answers as the training evaluated.
     """
-    experiment_id = client.get_run(run_id).info.experiment_id
-    logged = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
-    # MLflow creates the entry before it uploads: one that is not READY was interrupted
+    run = client.get_run(run_id)
+    logged = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'")
     mine = [m for m in logged if m.tags.get(WEIGHTS_TAG) == record["sha256"]]
-    for interrupted in (m for m in mine if m.status.name != "READY"):
-        client.delete_logged_model(interrupted.model_id)
     ready = [m for m in mine if m.status.name == "READY"]
-    return str(ready[0].model_id) if ready else _log_pt2(folder, uri, run_id, record, model)
+    if ready:
+        return str(ready[0].model_id)
+    for interrupted in mine:
+        client.delete_logged_model(interrupted.model_id)
+    entry = client.create_logged_model(
+        run.info.experiment_id,
+        record["name"],
+        run_id,
+        {WEIGHTS_TAG: record["sha256"], "run": folder.name},
+        run.data.params,
+    )
+    _log_pt2(uri, run_id, entry.model_id, record, model)
+    return str(entry.model_id)
 
 
-def _log_pt2(folder: RunFolder, uri: str, run_id: str, record: Record, model: Any) -> str:
+def _log_pt2(uri: str, run_id: str, model_id: str, record: Record, model: Any) -> None:
+    """The entry is made before, and no run is made active, which would say that it is running."""
     import mlflow.pytorch  # torch comes with it: 3 s that a run without a model to log need not wait for
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -50,25 +60,20 @@ def _log_pt2(folder: RunFolder, uri: str, run_id: str, record: Record, model: An
     shape = (record["channels"], record["image_size"], record["image_size"])
     pixels = np.dtype(np.float32)
     mlflow.set_tracking_uri(uri)
-    mlflow.start_run(run_id=run_id, log_system_metrics=False)
-    try:
-        logged = mlflow.pytorch.log_model(
-            model,
-            name=record["name"],
-            # two images, because export takes a batch of one for a constant
-            input_example=np.zeros((2, *shape), np.float32),
-            signature=ModelSignature(
-                inputs=Schema([TensorSpec(pixels, (-1, *shape))]),
-                outputs=Schema([TensorSpec(pixels, (-1, record["num_classes"]))]),
-            ),
-            # stated, because finding them out starts pip, which a node without a network cannot do
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "mlflow", "numpy")],
-            serialization_format="pt2",
-            tags={WEIGHTS_TAG: record["sha256"], "run": folder.name},
-        )
-    finally:
-        mlflow.end_run("RUNNING")  # the state of the run is the journal's to say
-    return str(logged.model_id)
+    mlflow.pytorch.log_model(
+        model,
+        run_id=run_id,
+        model_id=model_id,
+        # two images, because export takes a batch of one for a constant
+        input_example=np.zeros((2, *shape), np.float32),
+        signature=ModelSignature(
+            inputs=Schema([TensorSpec(pixels, (-1, *shape))]),
+            outputs=Schema([TensorSpec(pixels, (-1, record["num_classes"]))]),
+        ),
+        # stated, because finding them out starts pip, which a node without a network cannot do
+        pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "mlflow", "numpy")],
+        serialization_format="pt2",
+    )
 
 
 def tie_to_metrics(folder: RunFolder, client: MlflowClient, run_id: str, record: Record, model_id: str) -> None:

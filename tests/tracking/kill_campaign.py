@@ -105,6 +105,8 @@ class Training:
             self._process = subprocess.Popen(
                 self._command, cwd=folder, env=server_environment(), stdout=log, stderr=log
             )
+        while self._process.poll() is None and len(self._rank_pids()) < self._ranks:
+            time.sleep(0.01)  # torchrun is still to start those that are to be killed
 
     def wait_for(self, kill: Kill) -> None:
         """Returns early if the training ends."""
@@ -118,32 +120,29 @@ class Training:
     def kill(self, victim: Victim) -> None:
         """Whoever of them is alive. Of more ranks, torchrun ends the others when rank 0 is dead."""
         assert self._process is not None
-        victims: list[int | None] = []
-        if victim in ("publisher", "all"):
-            victims.append(publisher_pid(self.run))
-        if victim in ("rank 0", "all"):
-            victims += self._rank_pids()[: None if victim == "all" else 1]
+        publisher, ranks = publisher_pid(self.run), self._rank_pids()
+        pids = {"publisher": [publisher], "rank 0": [ranks.get(0)], "all": [publisher, *ranks.values()]}[victim]
         if victim == "all" and self._process.poll() is None:
-            victims.append(self._process.pid)
-        for pid in filter(None, victims):
+            pids.append(self._process.pid)
+        for pid in filter(None, pids):
             with suppress(ProcessLookupError):  # it has ended in between
                 os.kill(pid, signal.SIGKILL)
         if victim != "publisher":
             self._process.wait(PATIENCE)
 
-    def _rank_pids(self) -> list[int]:
-        """Of the ranks that are alive, in their order."""
+    def _rank_pids(self) -> dict[int, int]:
+        """Of those that are alive, by rank."""
         assert self._process is not None
         if self._process.poll() is not None:
-            return []
+            return {}
         if self._ranks == 1:
-            return [self._process.pid]
+            return {0: self._process.pid}
         ranks: dict[int, int] = {}
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self._process.pid).children():
-                with suppress(psutil.Error):
+                with suppress(psutil.Error, KeyError):
                     ranks[int(child.environ()["RANK"])] = child.pid
-        return [ranks[rank] for rank in sorted(ranks)]
+        return ranks
 
     def finish(self) -> None:
         """Run it until it has ended by itself with all trained."""
