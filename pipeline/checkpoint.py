@@ -209,7 +209,10 @@ def _load_tensors(path: Path) -> dict[str, Any]:
         # weights_only: a checkpoint can hold tensors and plain values, never code
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from error
+        # torch's own text advises to load it all the same
+        kind = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"holds code ({kind[1]})" if kind else "is damaged, or holds more than tensors and plain values"
+        raise CheckpointError(f"checkpoint file {path} {what}: refused") from error
     return loaded
 
 
