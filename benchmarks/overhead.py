@@ -65,6 +65,7 @@ COSTS = (
     Cost("- waiting for those of all ranks", ("arrival",)),
     Cost("- showing it", ("display",)),
     Cost("- the rest of a record", ("records",)),
+    Cost("deciding together to stop or to save", ("votes",), 0.01),
     Cost("timers", ("timers",), 0.01),
     Cost("checkpoints", ("save", "state"), 0.05),
     Cost("- writing it", ("save",)),

@@ -45,6 +45,7 @@ class Launch:
     """Whether torchrun has restarted the job after a failure."""
     launcher_pid: int | None = None
     """Of torchrun; None without it."""
+    max_restarts: int = 0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
@@ -64,7 +65,13 @@ class Launch:
         rank, local_rank, world_size, local_world_size = (int(environment[name]) for name in names)
         restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
         launcher_pid = None if run_id is None else os.getppid()
-        return cls(rank, local_rank, world_size, local_world_size, run_id, restarts > 0, launcher_pid)
+        max_restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+        return cls(rank, local_rank, world_size, local_world_size, run_id, restarts > 0, launcher_pid, max_restarts)
+
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether the launchers of other nodes will go on without this node."""
+        return self.max_restarts > 0 and self.world_size > self.local_world_size
 
     def await_end(self, seconds: float) -> None:
         """Leave the first word to the rank that has the cause: the launcher ends this one when that has exited.

@@ -12,7 +12,7 @@ import textwrap
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -398,6 +398,38 @@ def test_a_killed_rank_is_restarted_by_torchrun_in_the_same_run(tmp_path: Path) 
     points = [r["step"] for r in journal(run) if r.get("key") == "train/loss"]
     assert points == [10, 20, 30, 40, 50, 60]
     assert [r.info.status for r in mlflow_runs(tmp_path)] == ["FINISHED"]
+
+
+def start_node(command: list[str], folder: Path, name: str) -> subprocess.Popen[bytes]:
+    with (folder / f"{name}.log").open("wb") as log:
+        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+
+
+def test_a_job_that_loses_a_node_goes_on_with_the_others(tmp_path: Path) -> None:
+    """Two launchers stand for two nodes of one rank each; one is killed with its rank, and the other goes on alone."""
+    port = free_port()
+    settings = (*TINY, "train.epochs=100", "run.name=shrinking", "tracking.enabled=false", "checkpoint.every_steps=10")
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=shrinking"]
+    command = [*TORCHRUN[:-1], "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=2", *rendezvous, str(MAIN)]
+    status = tmp_path / "runs" / "shrinking" / "status.json"
+
+    def reached(step: int) -> bool:
+        return status.exists() and json.loads(status.read_text()).get("global_step", 0) >= step
+
+    with ExitStack() as stack:
+        first = stack.enter_context(start_node([*command, *settings], tmp_path, "first"))
+        time.sleep(3)  # so that it is the first that has the store
+        second = stack.enter_context(start_node([*command, *settings], tmp_path, "second"))
+        _wait_for(lambda: reached(20))
+        world = [r["values"]["world_size"] for r in journal(status.parent) if "world_size" in r.get("values", {})]
+        second.kill()  # its rank finds itself without a launcher, and leaves
+        before = json.loads(status.read_text())["global_step"]
+        _wait_for(lambda: reached(before + 200), timeout=150)
+        first.terminate()
+        first.wait(60)
+    resumed = [r["values"] for r in journal(status.parent) if "resume.1.world_size" in r.get("values", {})]
+    assert world == ["2"]
+    assert resumed[0]["resume.1.world_size"] == "1"
 
 
 def test_a_folder_whose_training_is_alive_is_refused_with_its_holder_named(tmp_path: Path) -> None:

@@ -124,16 +124,21 @@ class StopFiles:
 class Launcher:
     """Whether torchrun, which started this process, is still there."""
 
-    def __init__(self, pid: int, request: StopRequest):
+    def __init__(self, pid: int, request: StopRequest, *, is_replaceable: bool = False):
+        """`is_replaceable`: the launchers of other nodes go on without this node."""
         self._pid = pid
         self._request = request
+        self._is_replaceable = is_replaceable
         self._died_at: float | None = None
 
     def look(self) -> None:
-        """Without it, ask to stop; and end this process if that takes too long."""
+        """Without it, ask to stop; and end this process if that takes too long, or if others will go on."""
         if os.getppid() == self._pid:
             return
         now = time.monotonic()
+        if self._is_replaceable:
+            logger.error("the launcher (process %d) is gone: leaving the training to the other nodes", self._pid)
+            os._exit(1)
         if self._died_at is None:
             self._died_at = now
             logger.error("the launcher (process %d) is gone: saving, and leaving", self._pid)
@@ -150,7 +155,10 @@ def watching(*looks: Callable[[], None]) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(LOOK_EVERY):
             for look in looks:
-                look()
+                try:
+                    look()
+                except OSError as error:  # of a folder that is gone, say: the others are needed all the same
+                    logger.warning("the watchdog cannot look: %s", error)
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()
@@ -165,6 +173,6 @@ def build_looks(config: Config, launch: Launch, session: Session, trainer: Train
     """What the thread of this rank has to look at."""
     yield Watchdog(trainer.rank, trainer.pulse, config.train.hang_timeout, session.fail).look
     if launch.launcher_pid is not None:
-        yield Launcher(launch.launcher_pid, trainer.stop).look
+        yield Launcher(launch.launcher_pid, trainer.stop, is_replaceable=launch.is_replaceable).look
     if trainer.rank.is_main:
         yield StopFiles(session.start.folder, trainer.stop).look

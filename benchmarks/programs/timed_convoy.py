@@ -133,6 +133,7 @@ def time_parts(trainer: Trainer, clock: LoopClock) -> None:
     clock.time_calls(trainer.display, "record", "display")
     clock.time_calls(trainer, "save", "save")
     clock.time_calls(trainer, "state", "state")
+    clock.time_calls(trainer.ballot, "after_step", "votes")
 
 
 def time_epochs(trainer: Trainer, clock: LoopClock) -> None:

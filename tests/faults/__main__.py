@@ -32,21 +32,18 @@ class Kind:
     promise: str
 
 
-SAME = "weights (SHA-256), learning rates and history are those of the run that was never disturbed"
+SAME = "the same end"
+LEGEND = "The same end: weights (SHA-256), learning rates and history are those of the run that was never disturbed."
 KINDS = {
     kind.round.__name__: kind
     for kind in (
         Kind(rounds.kill_ranks, 80, "kill -9 of a rank, or of all, anywhere, up to three times", SAME),
         Kind(rounds.kill_ranks_under_torchrun, 20, "the same, started by torchrun", SAME),
-        Kind(rounds.kill_in_save, 100, "kill -9 at a file operation of a save", "a valid checkpoint loads; " + SAME),
-        Kind(rounds.kill_launcher, 20, "kill -9 of torchrun", "no survivor after 30 s, state saved; " + SAME),
-        Kind(
-            rounds.stop_by_signal, 50, "a signal in training, evaluation or save", "no step lost, state right; " + SAME
-        ),
-        Kind(rounds.resume_within_an_epoch, 20, "stopped three times in an epoch, ranks 4, 2, 1, 3", SAME),
-        Kind(
-            rounds.damage_checkpoint, 200, "a checkpoint cut off, or with a flipped bit", "named, the one before used"
-        ),
+        Kind(rounds.kill_in_save, 150, "kill -9 at each file operation of the first saves", f"a checkpoint loads; {SAME}"),
+        Kind(rounds.kill_launcher, 20, "kill -9 of torchrun", f"no survivor after 30 s, state saved; {SAME}"),
+        Kind(rounds.stop_by_signal, 50, "a signal in training, evaluation, save", f"no step lost, state right; {SAME}"),
+        Kind(rounds.resume_within_an_epoch, 20, "stopped thrice in an epoch, ranks 4, 2, 1, 3", SAME),
+        Kind(rounds.damage_checkpoint, 200, "a checkpoint cut off, or a bit flipped", "named, the one before used"),
         Kind(rounds.fill_disk, 20, "a disk that is full for five steps", "training goes on; same weights and history"),
         Kind(rounds.damage_dataset, 20, "a dataset file cut off or changed", "refused before step 0"),
         Kind(rounds.compute_nan, 20, "NaN on one rank", "every rank skips the step"),
@@ -101,7 +98,7 @@ def format_table(tallies: Sequence[Tally]) -> str:
         lines.append(
             f"| {kind.fault} | {tally.number} | {kind.promise} | {len(tally.problems)} | {tally.seconds:,.0f} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", LEGEND])
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Context:
     """What the rounds of a campaign share: a folder, and trainings that nobody disturbed."""
 
     folder: Path
+    next_operation: int = 0
     _references: dict[tuple[int, tuple[str, ...]], Path] = field(default_factory=dict)
 
     def reference(self, world_size: int, *settings: str) -> Path:
@@ -93,9 +94,10 @@ def kill_ranks_under_torchrun(context: Context, folder: Path, rng: random.Random
     return kill_ranks(context, folder, rng, torchrun=True)
 
 
-def kill_in_save(context: Context, folder: Path, rng: random.Random, operation: int | None = None) -> list[str]:
-    """kill -9 at a file operation of a save; a checkpoint always loads from the first save on."""
-    at = rng.randrange(400) if operation is None else operation
+def kill_in_save(context: Context, folder: Path, rng: random.Random) -> list[str]:
+    """kill -9 at a file operation of a save: the next one, in each round; from the first save on a checkpoint loads."""
+    at = context.next_operation
+    context.next_operation += 1
     train(folder, 1, fault=Fault("kill", "file", at, (0,)))
     checkpoints = build_checkpoints(config_of(), RunFolder(folder / "run"))
     problems = []
@@ -144,9 +146,10 @@ def stop_by_signal(context: Context, folder: Path, rng: random.Random) -> list[s
     """A signal in training, evaluation or save: nothing is trained twice, and the state is right."""
     world_size, name = rng.choice((1, 2, 3)), rng.choice(("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"))
     fault = random_fault(rng, name, world_size, ("step", "backward", "all-reduce", "evaluation", "save"))
-    end = train(folder, world_size, fault=fault)
+    torchrun = rng.random() < 0.2
+    end = train(folder, world_size, fault=fault, torchrun=torchrun)
     problems = [f"{fault}: {end.failure}"] if end.failure else []
-    if end.seconds > GRACE:
+    if end.seconds > GRACE + 15 * torchrun:  # which has to start
         problems.append(f"{fault}: took {end.seconds:.0f} s")
     now = state(folder)
     if now.get("state") not in ("preempted", "finished"):
