@@ -12,6 +12,7 @@ The learning rate and all random streams are functions of the position and need 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 _FOLDER = re.compile(r"step-(\d{8,})(\.old)?")
 logger = logging.getLogger("convoy")
 
@@ -96,7 +97,10 @@ class Checkpoints:
             shutil.rmtree(target) if replaced.exists() else target.rename(replaced)
         temporary.rename(target)
         _sync_folder(self.folder)
-        self._prune(state.position.global_step)
+        try:
+            self._prune(state.position.global_step)
+        except OSError as error:  # the new one is there all the same
+            logger.warning("older checkpoints cannot be removed: %s", error)
         return target
 
     def _write_folder(self, temporary: Path, state: TrainingState, value: float | None) -> None:
@@ -120,12 +124,22 @@ class Checkpoints:
         return sorted(found, key=_step_of, reverse=True)
 
     def load_latest(self) -> TrainingState | None:
-        """The latest checkpoint that verifies; damaged ones are named in a warning and passed over."""
-        for path in self.all():
+        """The latest checkpoint that verifies; damaged ones are named in a warning and passed over.
+
+        None if there is none. Raises CheckpointError if there are some, and none can be used: to begin anew would
+        remove them.
+        """
+        found = self.all()
+        for path in found:
             try:
                 return load_checkpoint(path)
             except CheckpointError as error:
                 logger.warning("%s; trying the one before", error)
+        if found:
+            raise CheckpointError(
+                f"none of the {len(found)} checkpoints in {self.folder} can be used: move them away to begin anew, or "
+                "choose another run.name"
+            )
         return None
 
     def _prune(self, saved_step: int) -> None:
@@ -219,7 +233,10 @@ def _load_tensors(path: Path) -> dict[str, Any]:
 def _write(path: Path, content: Any) -> None:
     with path.open("wb") as file:
         if path.suffix == ".pt":
-            torch.save(content, file)
+            # in memory first: into a file without room torch raises something else than OSError
+            memory = io.BytesIO()
+            torch.save(content, memory)
+            file.write(memory.getbuffer())
         else:
             file.write(json.dumps(content, indent=1).encode())
         file.flush()

@@ -69,6 +69,10 @@ class Launch:
         return cls(rank, local_rank, world_size, local_world_size, run_id, restarts > 0, launcher_pid, max_restarts)
 
     @property
+    def launcher_is_gone(self) -> bool:
+        return self.launcher_pid is not None and os.getppid() != self.launcher_pid
+
+    @property
     def is_replaceable(self) -> bool:
         """Whether the launchers of other nodes will go on without this node."""
         return self.max_restarts > 0 and self.world_size > self.local_world_size

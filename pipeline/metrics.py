@@ -87,8 +87,8 @@ class TrainMeter:
 
 
 def exact(sums: Tensor) -> Tensor:
-    """float64: rounded to multiples of 2^-30, whose sums are the same in any order, up to 8 million in all."""
-    return (sums.to(torch.float64) * 2**30).round() / 2**30
+    """float64: rounded to multiples of 2^-26, whose sums are the same in any order, up to 130 million in all."""
+    return (sums.to(torch.float64) * 2**26).round() / 2**26
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Precision:
         self.weights_dtype = torch.float64 if self.name == "fp64" else torch.float32
         self._device_type = device.type
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
-        self._skipped = torch.zeros(3, dtype=torch.float64, device=device)
+        self.skipped = torch.zeros(3, dtype=torch.float64, device=device)
         """Steps skipped so far, of these the last ones in a row, and the longest row since `take_skipped`."""
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -58,7 +58,7 @@ class Precision:
 
     def _count(self, is_finite: Tensor) -> None:
         """On the device: nobody waits for it."""
-        skipped, in_row, longest = self._skipped.unbind()
+        skipped, in_row, longest = self.skipped.unbind()
         skipped += ~is_finite
         in_row += 1
         in_row *= ~is_finite
@@ -66,18 +66,19 @@ class Precision:
 
     def take_skipped(self) -> Tensor:
         """float64 [2] on the device: steps skipped in all, and the longest row of them since the last call."""
-        taken = self._skipped[[0, 2]]
-        self._skipped[2] = self._skipped[1]
+        taken = self.skipped[::2].clone()
+        self.skipped[2] = self.skipped[1]
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        return self._scaler.state_dict() | {"skipped": self._skipped.tolist()}
+        return self._scaler.state_dict() | {"skipped": self.skipped.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         scale = {key: value for key, value in state.items() if key != "skipped"}
         if scale:  # none when the checkpoint was written without loss scaling
             self._scaler.load_state_dict(scale)
-        self._skipped.copy_(torch.tensor(state.get("skipped", [0.0, 0.0, 0.0])))
+        skipped = state.get("skipped", [0.0])[0]
+        self.skipped.copy_(torch.tensor([skipped, 0.0, 0.0]))  # what ended a training may have been mended
 
 
 def _step_if(is_finite: Tensor, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:

@@ -22,7 +22,7 @@ class StopRequest:
         self.reason: str | None = None
         self.wants_save = False
         """Whether a checkpoint was asked for, with which the training goes on."""
-        self._received = 0.0
+        self._signalled_at: float | None = None
 
     def __bool__(self) -> bool:
         return self.reason is not None
@@ -30,13 +30,15 @@ class StopRequest:
     def ask(self, reason: str) -> None:
         """Of the first request the reason is kept."""
         if not self:
-            self.reason, self._received = reason, time.monotonic()
+            self.reason = reason
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """A second request ends the process at once."""
-        if not self:
+        """A second signal ends the process at once."""
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
             self.ask(signal.Signals(number).name)
-        elif time.monotonic() - self._received > SAME_REQUEST:
+        elif now - self._signalled_at > SAME_REQUEST:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

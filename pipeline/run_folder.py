@@ -39,9 +39,10 @@ IDENTITY = (
     "loss",
     "optim.name",
     "train.reproducible",
-    "train.virtual_shards",
     "checkpoint.metric",
 )
+IDENTITY_IF_REPRODUCIBLE = ("train.virtual_shards", "train.threads")
+"""Which change the last bits."""
 
 
 class RunError(Exception):
@@ -208,7 +209,9 @@ def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool, 
             f"run.resume = never: {folder.path} holds a run already; choose another run.name, or set run.resume=auto "
             "to continue it"
         )
-    changed = [f"{key} was {before}, is {now}" for key, before, now in changes(folder, config) if key in IDENTITY]
+    changed = [
+        f"{key} was {before}, is {now}" for key, before, now in changes(folder, config) if key in identity(config)
+    ]
     if changed:
         raise RunError(
             f"run {folder.name} is another training: {'; '.join(changed)}. Choose another run.name, or go back to the "
@@ -216,12 +219,16 @@ def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool, 
         )
 
 
+def identity(config: Config) -> tuple[str, ...]:
+    return IDENTITY + (IDENTITY_IF_REPRODUCIBLE if config.train.reproducible else ())
+
+
 def check_same_training(
     folder: RunFolder, config: Config, saved: Mapping[str, Any], saved_digest: str, digest: str
 ) -> None:
     """Raises RunError if a checkpoint, with its config and digest of its dataset, is of another training than this."""
-    now = json.loads(json.dumps({key: config.get(key) for key in IDENTITY}))  # as it was saved
-    known = [key for key in IDENTITY if key in saved]
+    now = json.loads(json.dumps({key: config.get(key) for key in identity(config)}))  # as it was saved
+    known = [key for key in now if key in saved]
     changed = [f"{key} was {saved[key]}, is {now[key]}" for key in known if saved[key] != now[key]]
     if digest != saved_digest:
         changed.append(f"{config.data.dataset} has other images or labels (digest {saved_digest}, now {digest})")

@@ -20,6 +20,10 @@ included; `graph` is all from `data` to `update` where that is replayed as one; 
 
 
 class PhaseTimer(Protocol):
+    @property
+    def last(self) -> float:
+        """When the last lap was, on a clock of its own."""
+
     def start(self) -> None:
         """Begin to count; what lies between the last lap and now belongs to no phase."""
 
@@ -50,6 +54,10 @@ class HostTimer:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._num_steps = 0
         self._last = 0.0
+
+    @property
+    def last(self) -> float:
+        return self._last
 
     def start(self) -> None:
         self._last = time.perf_counter()
@@ -83,6 +91,10 @@ class CudaTimer:
         self._events: list[tuple[str, torch.cuda.Event]] = []
         self._sampled = (0.0,) * len(PHASES)
         self._state = "idle"  # -> sampling -> complete, until read
+
+    @property
+    def last(self) -> float:
+        return self._host.last
 
     def start(self) -> None:
         self._host.start()

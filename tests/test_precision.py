@@ -222,3 +222,10 @@ def test_the_longest_row_is_told_once() -> None:
     assert take(math.nan) == [4.0, 2.0]  # a row goes on behind a record
     assert take(1.0) == [4.0, 2.0]
     assert take(1.0) == [4.0, 0.0]
+
+
+def test_a_resumed_training_is_judged_by_its_own_steps() -> None:
+    """What made the gradients infinite may have been mended; the count goes on."""
+    precision = Precision("fp32", CPU)
+    precision.load_state_dict({"skipped": [7.0, 5.0, 5.0]})
+    assert precision.take_skipped().tolist() == [7.0, 0.0]

@@ -146,6 +146,11 @@ def _find_device_contradictions(config: Config, launch: Launch) -> Iterable[Prob
                 yield Problem((key, "train.device"), f"{key} = {value}: needs a GPU, and torch sees none here")
 
 
+def threads_of(config: Config) -> int | None:
+    """None: by the cores. Another number gives other bits, and that of the cores depends on the number of ranks."""
+    return config.train.threads or (1 if config.train.reproducible else None)
+
+
 def join(config: Config, launch: Launch) -> AbstractContextManager[Rank]:
     """This process as a rank among the others, as long as the context lasts."""
     settings = config.train
@@ -153,8 +158,7 @@ def join(config: Config, launch: Launch) -> AbstractContextManager[Rank]:
         launch,
         device=settings.device,
         backend=settings.backend,
-        # another number of threads gives other bits, and the default depends on the number of ranks
-        threads=settings.threads or (1 if settings.reproducible else None),
+        threads=threads_of(config),
         deterministic=settings.reproducible or settings.deterministic,
         timeout=settings.hang_timeout + LAST_WORDS,
     )

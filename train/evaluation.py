@@ -69,8 +69,11 @@ class Evaluator:
         return meter.reduce(self._rank, num_samples, self._loss.per_sample(self._num_classes))
 
     def first_predictions(self, count: int) -> Predictions:
-        """What the last evaluation predicted for this rank's first samples; of rank 0 these are the dataset's first."""
-        return Predictions(*(torch.cat(column)[:count].cpu() for column in zip(*self._shard, strict=True)))
+        """What the last evaluation predicted for the first samples of this rank's first batch, `count` at most.
+
+        Of rank 0 these are the first of the dataset.
+        """
+        return Predictions(*(column[:count].cpu() for column in self._shard[0]))
 
     def predictions(self) -> Predictions:
         """Collective: every rank must call. What the last evaluation predicted for all samples."""

@@ -27,7 +27,7 @@ from pipeline.timing import StartupTimer
 from train import build
 from train.plan import describe_plan
 from train.session import DIGITS_NOTE, Session, open_session
-from train.watchdog import build_looks, watching
+from train.watchdog import build_looks, watching, watching_launcher
 
 
 @record
@@ -95,7 +95,7 @@ def read_config(argv: Sequence[str] | None, launch: Launch) -> tuple[CommandLine
 def run(config: Config, command: CommandLine, launch: Launch, stop: StopRequest, startup: StartupTimer) -> None:
     """Collective: every rank must call. Start the rank, train, leave the group, close."""
     startup.lap("config")
-    with listen_for_stop(stop):
+    with listen_for_stop(stop), watching_launcher(launch, stop):
         with build.join(config, launch) as rank:
             startup.lap("ranks")
             session = train(config, command, launch, rank, stop, startup)
@@ -115,7 +115,7 @@ def train(
             startup.lap("build")
             if session.start.checkpoint is not None:
                 trainer.load_state(session.start.checkpoint)
-            with watching(*build_looks(config, launch, session, trainer)):
+            with watching(*build_looks(config, session, trainer)):
                 outcome = trainer.fit()
             session.end(outcome, trainer)
     return session

@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pipeline.checkpoint import CheckpointError
 from pipeline.config import Config
 from pipeline.data.datasets import DATASETS, is_present, prepare_dataset
 from pipeline.distributed import Launch, choose_device, choose_threads
 from pipeline.models import describe_layers
 from pipeline.precision import choose_precision
-from pipeline.run_folder import RunError, RunFolder, check_resumable, is_being_trained, slurm_run_name
+from pipeline.run_folder import (
+    RunError,
+    RunFolder,
+    check_resumable,
+    check_same_training,
+    is_being_trained,
+    slurm_run_name,
+)
 from train import build
 
 
@@ -31,7 +39,7 @@ def describe_plan(config: Config, launch: Launch, config_name: str) -> str:
             f"steps: {schedule.steps_per_epoch:,} an epoch of {config.data.global_batch_size} images each, "
             f"{schedule.total_steps:,} in all",
             f"ranks: {launch.world_size}, each on {device.type} in "
-            f"{choose_precision(config.train.precision, device)} with {choose_threads(launch, config.train.threads)} "
+            f"{choose_precision(config.train.precision, device)} with {choose_threads(launch, build.threads_of(config))} "
             "thread(s)",
             f"run folder: {_folder(config, config_name)}",
             f"run: {_check_run(config, launch)}",
@@ -64,8 +72,13 @@ def _check_run(config: Config, launch: Launch) -> str:
         raise RunError(
             f"run {folder.name} is being trained right now: wait for it, stop it, or choose another run.name"
         )
-    state = build.build_checkpoints(config, folder).load_latest()
+    try:
+        state = build.build_checkpoints(config, folder).load_latest()
+    except CheckpointError as error:
+        raise RunError(str(error)) from error
     check_resumable(folder, config, has_checkpoint=state is not None, launch_id=launch.run_id)
+    if state is not None:  # whose dataset is not read here
+        check_same_training(folder, config, state.config, state.dataset_digest, state.dataset_digest)
     step = state.position.global_step if state else 0
     return f"{folder.status().get('state', 'new')}, continues behind step {step:,}"
 

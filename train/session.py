@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.checkpoint import Position, TrainingState
+from pipeline.checkpoint import CheckpointError, Position, TrainingState
 from pipeline.config import Config
 from pipeline.credentials import without_credentials
 from pipeline.data.datasets import Dataset
@@ -90,7 +90,10 @@ class Attempt:
         checkpoints = build_checkpoints(self.config, folder)
         if folder.path.exists():
             stack.enter_context(training_lock(folder))
-        state = checkpoints.load_latest()
+        try:
+            state = checkpoints.load_latest()
+        except CheckpointError as error:
+            raise RunError(str(error)) from error
         check_resumable(folder, self.config, has_checkpoint=state is not None, launch_id=self.launch.run_id)
         if state is not None:
             check_same_training(folder, self.config, state.config, state.dataset_digest, self.dataset.digest)
@@ -253,6 +256,8 @@ class Attempt:
             if outcome == "preempted":
                 timeout = min(timeout, PREEMPTED_TIMEOUT)
             published = self.publisher.wait(timeout)
+            if not published and self.launch.launcher_is_gone:
+                self.publisher.kill()  # nothing is to outlive it for long
         folder, progress = self.output.folder, Progress(self.output.folder, self.uri)
         if published and outcome == "finished":
             for line in describe_model(progress):

@@ -105,7 +105,7 @@ class StaticStep:
         return state
 
     def _changed(self) -> list[Tensor]:
-        return [*self._parameters, *self._parts.replicas.model.buffers()]
+        return [*self._parameters, *self._parts.replicas.model.buffers(), self._parts.precision.skipped]
 
     @torch.no_grad()
     def _restore(self, before: dict[tuple[Tensor, str], Tensor]) -> None:

@@ -87,7 +87,7 @@ class Trainer:
         outcome = self._train_epochs()
         self.profiler.close(self.output)
         if outcome == "finished" and self.last_evaluation is None:  # resumed behind the last epoch
-            self.last_evaluation = self.evaluator.evaluate()
+            self.last_evaluation = self.evaluator.evaluate(self._beat)
         return outcome
 
     def _train_epochs(self) -> Outcome:
@@ -215,6 +215,11 @@ class Trainer:
         self.save(value)
         return True
 
+    def _beat(self) -> bool:
+        """Not interrupted."""
+        self.pulse.beat()
+        return False
+
     def _after_evaluation_step(self) -> bool:
         """Collective: every rank must call. Whether all are to stop."""
         self.pulse.beat()
@@ -225,9 +230,10 @@ class Trainer:
         self.finish_record()  # what is recorded up to a checkpoint stands before it
         self.timer.lap("other")
         started = time.perf_counter()
+        self.stop.wants_save = False  # from here on it would be another one
         self.output.save_checkpoint(self.state(), value)
         seconds = time.perf_counter() - started
-        self._saved_at, self.stop.wants_save = time.monotonic(), False
+        self._saved_at = time.monotonic()
         self.pulse.beat()
         self.output.metrics({"time/save_seconds": seconds}, self.position.global_step)
         self.display.saved(self.position.global_step, seconds)

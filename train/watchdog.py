@@ -25,7 +25,6 @@ from pipeline.distributed import Launch, PendingSum, Rank
 from pipeline.precision import Precision
 from pipeline.preemption import StopRequest
 from train.evaluation import Evaluator
-from train.pulse import Pulse
 from train.session import Session
 from train.shard_step import ShardStep
 from train.static_step import StaticStep
@@ -33,6 +32,8 @@ from train.step import EagerStep
 from train.trainer import Trainer
 
 LOOK_EVERY = 1.0
+"""Seconds."""
+LAST_WORDS = 5.0
 """Seconds."""
 GRACE = 25.0
 """Seconds in which a training without a launcher has to save and to leave."""
@@ -47,7 +48,7 @@ PHASES: dict[CodeType, str] = {
     EagerStep._compute_gradient.__code__: "the forward pass",
     ShardStep._compute_gradient.__code__: "the forward pass",
     StaticStep.__call__.__code__: "the captured step",
-    Precision.backward.__code__: "the backward pass",
+    Precision.backward.__code__: "the backward pass",  # under DDP with the other ranks, in its all-reduce
     Precision.update.__code__: "the update of the weights",
     NodeAverage.average.__code__: WAITING,
     Shards.sum.__code__: WAITING,
@@ -61,26 +62,30 @@ PHASES: dict[CodeType, str] = {
 class Watchdog:
     """What one rank's thread looks at."""
 
-    def __init__(self, rank: Rank, pulse: Pulse, timeout: float, fail: Callable[[BaseException], None]):
-        """`timeout`: seconds without a sign of life. `fail` records the end of the run, with its reason."""
+    def __init__(
+        self, rank: Rank, progress: Callable[[], object], timeout: float, fail: Callable[[BaseException], None]
+    ):
+        """`progress` is another value whenever the training has come further; `timeout`: seconds that it may be the
+        same. `fail` records the end of the run."""
         self._rank = rank
-        self._pulse = pulse
+        self._progress = progress
         self._timeout = timeout
         self._fail = fail
-        self._num_beats = pulse.num_beats
-        self._heard_at = time.monotonic()
+        self._last = progress()
+        self._looked_at = time.monotonic()
+        self._silent = 0.0
         self._thread_id = threading.get_ident()
 
     def look(self) -> None:
         """Ends this process if the training stands still."""
-        if self._pulse.num_beats != self._num_beats:
-            self._num_beats, self._heard_at = self._pulse.num_beats, time.monotonic()
-            return
-        silent = time.monotonic() - self._heard_at
+        now, current = time.monotonic(), self._progress()
+        # a process that was suspended did not stand still meanwhile
+        passed, self._looked_at = min(now - self._looked_at, 2 * LOOK_EVERY), now
+        self._silent = self._silent + passed if current == self._last else 0.0
+        self._last = current
         # who waits is not the cause: that rank's own watchdog is to speak first, then the collective that times out
-        patience = self._timeout + (30.0 if self._phase() == WAITING else 0.0)
-        if silent >= patience:
-            self._end(silent)
+        if self._silent >= self._timeout + (30.0 if self._phase() == WAITING else 0.0):
+            self._end()
 
     def _phase(self) -> str:
         frame: FrameType | None = sys._current_frames().get(self._thread_id)
@@ -90,25 +95,28 @@ class Watchdog:
             frame = frame.f_back
         return "the training loop"
 
-    def _end(self, silent: float) -> None:
-        reason = f"rank {self._rank.rank} stood still for {silent:.0f} s in {self._phase()} (train.hang_timeout)"
+    def _end(self) -> None:
+        reason = f"rank {self._rank.rank} stood still for {self._silent:.0f} s in {self._phase()} (train.hang_timeout)"
         logger.error("%s; where its threads are:", reason)
         faulthandler.dump_traceback(sys.__stderr__ or 2)
-        self._fail(TimeoutError(reason))
+        # in a thread of its own: the file system may be what stands still
+        last_words = threading.Thread(target=self._fail, args=(TimeoutError(reason),), daemon=True)
+        last_words.start()
+        last_words.join(LAST_WORDS)
         os._exit(1)
 
 
 class StopFiles:
     """What rank 0 is asked by files: `stop` and `save` in the run folder, and the one that CONVOY_STOP_FILE names."""
 
-    def __init__(self, folder: Path, request: StopRequest):
-        """A request that was made before the start is none for this training."""
+    def __init__(self, folder: Path, named: str | None, request: StopRequest):
+        """A request in the folder that was made before the start is none for this training."""
         self._request = request
         self._save = folder / "save"
         self._stops = [folder / "stop"]
         for path in (self._save, *self._stops):
             path.unlink(missing_ok=True)
-        if named := os.environ.get("CONVOY_STOP_FILE"):  # whoever named it removes it
+        if named:  # whoever named it removes it
             self._stops.append(Path(named))
 
     def look(self) -> None:
@@ -166,13 +174,25 @@ def watching(*looks: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(2 * LOOK_EVERY)
 
 
-def build_looks(config: Config, launch: Launch, session: Session, trainer: Trainer) -> Iterator[Callable[[], None]]:
-    """What the thread of this rank has to look at."""
-    yield Watchdog(trainer.rank, trainer.pulse, config.train.hang_timeout, session.fail).look
-    if launch.launcher_pid is not None:
-        yield Launcher(launch.launcher_pid, trainer.stop, is_replaceable=launch.is_replaceable).look
+def build_looks(config: Config, session: Session, trainer: Trainer) -> Iterator[Callable[[], None]]:
+    """What the thread of this rank has to look at while it trains."""
+
+    def progress() -> object:
+        return trainer.pulse.num_beats, trainer.timer.last
+
+    yield Watchdog(trainer.rank, progress, config.train.hang_timeout, session.fail).look
     if trainer.rank.is_main:
-        yield StopFiles(session.start.folder, trainer.stop).look
+        yield StopFiles(session.start.folder, os.environ.get("CONVOY_STOP_FILE"), trainer.stop).look
+
+
+@contextmanager
+def watching_launcher(launch: Launch, stop: StopRequest) -> Iterator[None]:
+    if launch.launcher_pid is None:
+        yield
+        return
+    launcher = Launcher(launch.launcher_pid, stop, is_replaceable=launch.is_replaceable)
+    with watching(launcher.look):
+        yield

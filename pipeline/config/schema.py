@@ -248,6 +248,13 @@ def find_contradictions(config: Config) -> Iterable[Problem]:
             f"train.accumulate = {train.accumulate}: more micro-batches than the {data.global_batch_size} samples of "
             "data.global_batch_size",
         )
+    if train.reproducible and (train.compile or train.precision == "fp16"):
+        key, way = ("train.compile", "false") if train.compile else ("train.precision", "bf16, fp32 or fp64")
+        yield Problem(
+            (key, "train.reproducible"),
+            f"{key} = {str(config.get(key)).lower()}: what it does depends on which shards a rank has; accepted with "
+            f"train.reproducible: {way}",
+        )
     if train.reproducible and train.accumulate > 1:
         yield Problem(
             ("train.accumulate", "train.reproducible"),

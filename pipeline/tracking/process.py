@@ -37,6 +37,10 @@ class PublisherProcess:
         except subprocess.TimeoutExpired:
             return False
 
+    def kill(self) -> None:
+        """At once; what is not published remains in the journal."""
+        self._process.kill()
+
 
 class SamplerProcess:
     """The process that samples this node into system/<host>.jsonl of the run folder: one for each node.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.data.sampler import GlobalOrderSampler
+from pipeline.data.sampler import BlockSampler, GlobalOrderSampler
 from pipeline.distributed import share
 
 
@@ -102,3 +102,32 @@ def test_no_share_of_any_step_is_larger_than_a_full_one_is_said_to_be() -> None:
                     ]
                     shares = [len(step.micro_batches[0]) for sampler in samplers for step in sampler.steps()]
                     assert max(shares) == samplers[0].full_share
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("num_samples", "block_size"), [(50, 7), (56, 7), (5, 7), (21, 1)])
+def test_blocks_are_the_same_on_any_number_of_ranks(num_samples: int, block_size: int, world_size: int) -> None:
+    blocks = []
+    for rank in range(world_size):
+        sampler = BlockSampler(num_samples, block_size=block_size, world_size=world_size, rank=rank)
+        steps = [step.micro_batches[0].tolist() for step in sampler.steps()]
+        assert len(steps) == sampler.steps_per_epoch
+        blocks += [block for block in steps if block]
+    expected = [list(range(begin, min(begin + block_size, num_samples))) for begin in range(0, num_samples, block_size)]
+    assert sorted(blocks) == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_shards_are_the_same_on_any_number_of_ranks(world_size: int) -> None:
+    def shards_of(ranks: int) -> list[list[list[int]]]:
+        samplers = [
+            GlobalOrderSampler(50, global_batch_size=16, shards=8, world_size=ranks, rank=rank, seed=3)
+            for rank in range(ranks)
+        ]
+        return [
+            [part.tolist() for step in steps for part in step.micro_batches]
+            for steps in zip(*(sampler.steps() for sampler in samplers), strict=True)
+        ]
+
+    assert shards_of(world_size) == shards_of(1)
+    assert all(len(step) == 8 for step in shards_of(world_size))

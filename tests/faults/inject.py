@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, load_checkpoint
 from pipeline.communication.node_average import NodeAverage
 from pipeline.communication.shards import Shards
 from pipeline.metrics import EvaluationMeter, TrainMeter
@@ -52,6 +52,8 @@ class Fault:
     """How often that was reached before, in this process."""
     ranks: tuple[int, ...]
     path: str = ""
+    mark: str = ""
+    """File that is made when it strikes."""
 
 
 def inject(fault: Fault, rank: int) -> None:
@@ -72,6 +74,7 @@ def _struck(function: Callable[..., Any], fault: Fault, count: itertools.count[i
         if number == fault.at:
             _strike(fault, arguments)
         if fault.what == "fill" and number == fault.at + STEPS_WITHOUT_ROOM:
+            _check_that_one_loads(Path(fault.path))
             (Path(fault.path) / FILLER).unlink()
         return function(*arguments, **named)
 
@@ -79,6 +82,8 @@ def _struck(function: Callable[..., Any], fault: Fault, count: itertools.count[i
 
 
 def _strike(fault: Fault, arguments: tuple[Any, ...] = ()) -> None:
+    if fault.mark:
+        os.close(os.open(fault.mark, os.O_CREAT | os.O_WRONLY))
     match fault.what:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -97,12 +102,21 @@ def _strike(fault: Fault, arguments: tuple[Any, ...] = ()) -> None:
 
 
 def _fill(path: Path) -> None:
-    """Until not a byte more goes in."""
+    """Until not a byte more goes in, or, for every other process, but for some pages: a part of a file goes in."""
+    room = 4096 * (os.getpid() % 2) * random.randrange(1, 20)
     with path.open("wb", buffering=0) as file:
         for size in (2**20, 2**12, 1):
             with suppress(OSError):
                 while True:
                     file.write(bytes(size))
+        file.truncate(max(0, file.tell() - room))
+
+
+def _check_that_one_loads(disk: Path) -> None:
+    """While there is no room."""
+    found = sorted(disk.glob("run/checkpoints/step-*"))
+    if found:
+        load_checkpoint(found[-1])
 
 
 def _watch_files(fault: Fault) -> None:
@@ -110,7 +124,9 @@ def _watch_files(fault: Fault) -> None:
     count, is_saving, save, fsync = itertools.count(), False, Checkpoints.save, os.fsync
 
     def strike_if_due() -> None:
+        nonlocal is_saving
         if is_saving and next(count) == fault.at:
+            is_saving = False  # the mark is a file operation too
             _strike(fault)
 
     def watched_save(*arguments: Any, **named: Any) -> Any:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import random
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 import torch
 
-from pipeline.checkpoint import _fingerprint
+from pipeline.checkpoint import CheckpointError, _fingerprint
 from pipeline.data.idx import DEBIAN_FASHION_MNIST
 from pipeline.run_folder import RunFolder
 from tests.faults.inject import Fault, random_fault
 from tests.faults.pickles import MALICIOUS, write_malicious
 from tests.faults.trainings import (
+    STEPS_PER_EPOCH,
     End,
     differences,
+    digest_of,
     environment_of,
     records,
     state,
@@ -36,7 +40,11 @@ from train.build import build_checkpoints
 
 GRACE = 30.0
 """Seconds: what torchrun leaves a rank that it asks to end."""
-HANG_TIMEOUT = 5
+HANG_TIMEOUT = 10
+
+
+class NoMoreFaults(Exception):
+    """Every one there is has been tried."""
 
 
 @dataclass
@@ -75,6 +83,21 @@ def train(folder: Path, world_size: int, *settings: str, fault: Fault | None = N
     return run(folder, world_size, *settings, fault=fault)
 
 
+def strike(
+    folder: Path, world_size: int, *settings: str, draw: Callable[[], Fault], torchrun: bool = False
+) -> tuple[Fault, End]:
+    """Train with a fault; again with another, and the same run, until one has struck."""
+    mark = folder.parent / f"{folder.name}-struck"
+    while True:
+        fault = replace(draw(), mark=str(mark))
+        end = train(folder, world_size, *settings, fault=fault, torchrun=torchrun)
+        if mark.exists():
+            mark.unlink()
+            return fault, end
+        shutil.rmtree(folder)  # it has finished undisturbed
+        folder.mkdir()
+
+
 def train_to_the_end(folder: Path, world_size: int, *settings: str, torchrun: bool = False) -> list[str]:
     end = train(folder, world_size, *settings, torchrun=torchrun)
     return [] if end.failure is None else [f"does not go on: {end.failure}\n{end.output[-2000:]}"]
@@ -84,8 +107,9 @@ def kill_ranks(context: Context, folder: Path, rng: random.Random, *, torchrun: 
     """kill -9 of one rank or of all, once to three times, anywhere."""
     world_size = rng.choice((1, 2, 2, 3))
     settings = ("train.reproducible=true",) if rng.random() < 0.3 else ()
-    for _ in range(1 if torchrun else rng.randint(1, 3)):
-        train(folder, world_size, *settings, fault=random_fault(rng, "kill", world_size), torchrun=torchrun)
+    strike(folder, world_size, *settings, draw=lambda: random_fault(rng, "kill", world_size), torchrun=torchrun)
+    for _ in range(0 if torchrun else rng.randint(0, 2)):
+        train(folder, world_size, *settings, fault=random_fault(rng, "kill", world_size))
     problems = train_to_the_end(folder, world_size, *settings)
     return problems or differences(folder, context.reference(world_size, *settings))
 
@@ -96,23 +120,30 @@ def kill_ranks_under_torchrun(context: Context, folder: Path, rng: random.Random
 
 def kill_in_save(context: Context, folder: Path, rng: random.Random) -> list[str]:
     """kill -9 at a file operation of a save: the next one, in each round; from the first save on a checkpoint loads."""
-    at = context.next_operation
+    # at the end of an epoch a checkpoint of the same step is replaced
+    settings = ("checkpoint.every_steps=13",)
+    mark, at = folder / "struck", context.next_operation
     context.next_operation += 1
-    train(folder, 1, fault=Fault("kill", "file", at, (0,)))
+    train(folder, 1, *settings, fault=Fault("kill", "file", at, (0,), mark=str(mark)))
+    if not mark.exists():
+        raise NoMoreFaults
     checkpoints = build_checkpoints(config_of(), RunFolder(folder / "run"))
     problems = []
-    if any(checkpoints.folder.glob("step-*")) and checkpoints.load_latest() is None:
-        problems.append(f"no checkpoint loads after a kill at operation {at}")
-    problems += train_to_the_end(folder, 1)
-    return problems or differences(folder, context.reference(1))
+    try:
+        checkpoints.load_latest()
+    except CheckpointError as error:
+        problems.append(f"after a kill at operation {at}: {error}")
+    problems += train_to_the_end(folder, 1, *settings)
+    return problems or differences(folder, context.reference(1, *settings))
 
 
 def kill_launcher(context: Context, folder: Path, rng: random.Random) -> list[str]:
     """kill -9 of torchrun."""
     world_size = rng.choice((2, 3))
-    settings = ("train.epochs=40", "train.hang_timeout=20")
+    settings = ("train.epochs=40", "data.placement=workers", "data.workers=1")
+    tracking = ("tracking.enabled=true", f"tracking.uri=sqlite:///{folder}/mlflow.db", "tracking.system_every=1")
     with subprocess.Popen(
-        torchrun_command(folder, world_size, *settings),
+        torchrun_command(folder, world_size, *settings, *tracking),
         env=environment_of(None),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -128,7 +159,7 @@ def kill_launcher(context: Context, folder: Path, rng: random.Random) -> list[st
     if not problems and state(folder).get("state") != "preempted":
         problems.append(f"state {state(folder).get('state')} after {time.monotonic() - began:.0f} s")
     problems += train_to_the_end(folder, world_size, *settings)
-    return problems or differences(folder, context.reference(world_size, "train.epochs=40"))
+    return problems or differences(folder, context.reference(world_size, *settings))
 
 
 def wait_for_step(folder: Path, launcher: subprocess.Popen[bytes], step: int) -> list[psutil.Process]:
@@ -145,9 +176,9 @@ def wait_for_step(folder: Path, launcher: subprocess.Popen[bytes], step: int) ->
 def stop_by_signal(context: Context, folder: Path, rng: random.Random) -> list[str]:
     """A signal in training, evaluation or save: nothing is trained twice, and the state is right."""
     world_size, name = rng.choice((1, 2, 3)), rng.choice(("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"))
-    fault = random_fault(rng, name, world_size, ("step", "backward", "all-reduce", "evaluation", "save"))
+    places = ("step", "backward", "update", "evaluation", "save")
     torchrun = rng.random() < 0.2
-    end = train(folder, world_size, fault=fault, torchrun=torchrun)
+    fault, end = strike(folder, world_size, draw=lambda: random_fault(rng, name, world_size, places), torchrun=torchrun)
     problems = [f"{fault}: {end.failure}"] if end.failure else []
     if end.seconds > GRACE + 15 * torchrun:  # which has to start
         problems.append(f"{fault}: took {end.seconds:.0f} s")
@@ -170,14 +201,30 @@ def resume_within_an_epoch(context: Context, folder: Path, rng: random.Random) -
     settings = ("train.reproducible=true", "data.random_crop=2")
     done = 0
     for world_size in (4, 2, 1):
-        steps = rng.randint(1, 3)
+        steps = rng.randint(1, 2)  # and two more until all have decided: less than an epoch in all
         train(folder, world_size, *settings, fault=Fault("SIGTERM", "step", steps, (0,)))
         step = state(folder).get("global_step", 0)
         if step <= done:
             return [f"stopped on {world_size} ranks without a step behind {done}"]
         done = step
+    if done >= STEPS_PER_EPOCH:
+        return [f"step {done} is not within the epoch any more"]
     problems = train_to_the_end(folder, 3, *settings)
     return problems or differences(folder, context.reference(1, *settings))
+
+
+@contextmanager
+def listen(name: str) -> Iterator[list[str]]:
+    """What is logged meanwhile."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 def damage_checkpoint(context: Context, folder: Path, rng: random.Random) -> list[str]:
@@ -193,8 +240,11 @@ def damage_checkpoint(context: Context, folder: Path, rng: random.Random) -> lis
     else:
         del content[offset:]
     path.write_bytes(content)
-    loaded = checkpoints.load_latest()
+    with listen("convoy") as said:
+        loaded = checkpoints.load_latest()
     expected = int(before.name.removeprefix("step-"))
+    if not any(str(latest) in message for message in said):
+        return [f"{path.name} damaged at byte {offset}: {latest.name} is not named"]
     if loaded is None or loaded.position.global_step != expected:
         return [f"{path.name} damaged at byte {offset}: step {loaded and loaded.position.global_step} is loaded"]
     return []
@@ -220,7 +270,7 @@ def fill_disk(context: Context, folder: Path, rng: random.Random) -> list[str]:
 
 def compute_nan(context: Context, folder: Path, rng: random.Random) -> list[str]:
     """NaN on one rank: every rank skips the step, and the training goes on."""
-    world_size, at = rng.choice((2, 3)), rng.randrange(26)
+    world_size, at = rng.choice((2, 3)), rng.randrange(26)  # each rank has 26 forward passes at least
     settings = ("train.reproducible=true",) if rng.random() < 0.5 else ()
     end = train_forked(folder, world_size, *settings, fault=Fault("nan", "forward", at, (rng.randrange(world_size),)))
     if end.failure:
@@ -229,7 +279,8 @@ def compute_nan(context: Context, folder: Path, rng: random.Random) -> list[str]
     if skipped[-1:] != [1.0]:
         return [f"NaN at forward pass {at}: {skipped} steps skipped"]
     weights = torch.load(folder / "run" / "model" / "final.pt", weights_only=True)
-    return [] if all(value.isfinite().all() for value in weights.values()) else ["weights are not finite"]
+    problems = [] if all(value.isfinite().all() for value in weights.values()) else ["weights are not finite"]
+    return problems + ([] if set(end.weights) == {digest_of(weights)} else ["ranks have other weights than rank 0"])
 
 
 def raise_on_one_rank(context: Context, folder: Path, rng: random.Random) -> list[str]:

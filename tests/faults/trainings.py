@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.ranks import RankFailed, run_ranks
 from tests.train.helpers import DEFAULT, config_of
 from train import ballot
 from train.main import train
+from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH, NUM_SAMPLES = 13, 203
@@ -54,6 +56,8 @@ class End:
     """None if every rank came to its end."""
     seconds: float
     output: str = ""
+    weights: tuple[str, ...] = ()
+    """SHA-256 of the weights of each rank at its end."""
 
 
 def settings_of(folder: Path, *settings: str) -> tuple[str, ...]:
@@ -63,13 +67,23 @@ def settings_of(folder: Path, *settings: str) -> tuple[str, ...]:
 def train_forked(folder: Path, world_size: int, *settings: str, fault: Fault | None = None) -> End:
     began = time.monotonic()
     try:
-        run_ranks(world_size, _train, settings_of(folder, *settings), fault, timeout=PATIENCE)
+        weights = run_ranks(world_size, _train, settings_of(folder, *settings), fault, timeout=PATIENCE)
     except RankFailed as error:
         return End(str(error), time.monotonic() - began)
-    return End(None, time.monotonic() - began)
+    return End(None, time.monotonic() - began, weights=tuple(weights))
 
 
-def _train(rank: Rank, settings: tuple[str, ...], fault: Fault | None) -> None:
+def _train(rank: Rank, settings: tuple[str, ...], fault: Fault | None) -> str:
+    """SHA-256 of the weights of this rank at its end."""
+    weights: list[dict[str, torch.Tensor]] = []
+    fit = Trainer.fit
+
+    def fit_and_show(self: Trainer) -> Any:
+        outcome = fit(self)
+        weights.append(self.network.state_dict())
+        return outcome
+
+    Trainer.fit = fit_and_show  # type: ignore[method-assign]
     ballot.VOTE_EVERY = 0.0  # steps are so short that the training would be over before it is asked
     if fault is not None:
         inject(fault, rank.rank)
@@ -77,6 +91,7 @@ def _train(rank: Rank, settings: tuple[str, ...], fault: Fault | None) -> None:
     with listen_for_stop() as stop:
         session = train(config_of(*settings), CommandLine(DEFAULT, settings, False), launch, rank, stop, StartupTimer())
     session.close()
+    return digest_of(weights[-1]) if weights else ""
 
 
 def torchrun_command(folder: Path, world_size: int, *settings: str) -> list[str]:
@@ -115,8 +130,12 @@ def digest(folder: Path, name: str = "final.pt") -> str:
     path = folder / "run" / "model" / name
     if not path.exists():
         return ""
+    return digest_of(torch.load(path, weights_only=True))
+
+
+def digest_of(weights: Mapping[str, torch.Tensor]) -> str:
     sha = hashlib.sha256()
-    for key, value in torch.load(path, weights_only=True).items():
+    for key, value in weights.items():
         sha.update(f"{key} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
     return sha.hexdigest()
 

@@ -9,10 +9,8 @@ import textwrap
 import time
 from pathlib import Path
 
-import pytest
-
 from pipeline.preemption import StopRequest
-from train.watchdog import PHASES, Launcher, StopFiles
+from train.watchdog import Launcher, StopFiles
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +27,8 @@ def run_watched(body: str, timeout: float = 0.5) -> subprocess.CompletedProcess[
 
     watchdog.LOOK_EVERY = 0.05
     rank, pulse = Rank(3, 3, 4, 4, torch.device("cpu"), "gloo", 1), Pulse()
-    dog = watchdog.Watchdog(rank, pulse, {timeout}, lambda cause: print("recorded:", cause, flush=True))
+    fail = lambda cause: print("recorded:", cause, flush=True)
+    dog = watchdog.Watchdog(rank, lambda: pulse.num_beats, {timeout}, fail)
     with watchdog.watching(dog.look):
     {textwrap.indent(textwrap.dedent(body), "        ")}
     print("ended by itself")
@@ -72,15 +71,21 @@ def test_one_that_waits_for_others_lets_them_speak_first() -> None:
     assert run_watched(body).stdout == "ended by itself\n"
 
 
-def test_every_phase_has_a_name_of_its_own_place() -> None:
-    assert len(PHASES) == 14
-    assert all(name for name in PHASES.values())
+def test_one_whose_last_words_stand_still_too_is_ended_all_the_same() -> None:
+    done = run_watched(
+        """
+        watchdog.LAST_WORDS = 0.2
+        dog._fail = lambda cause: time.sleep(20)
+        time.sleep(20)
+        """
+    )
+    assert done.returncode == 1
 
 
 def test_the_files_stop_and_save_in_the_run_folder_ask_once(tmp_path: Path) -> None:
     request = StopRequest()
     (tmp_path / "stop").touch()  # left from before: no request to this training
-    files = StopFiles(tmp_path, request)
+    files = StopFiles(tmp_path, None, request)
     files.look()
     assert not request
     (tmp_path / "save").touch()
@@ -94,13 +99,10 @@ def test_the_files_stop_and_save_in_the_run_folder_ask_once(tmp_path: Path) -> N
     assert not (tmp_path / "stop").exists()
 
 
-def test_the_file_that_the_environment_names_asks_too_and_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_that_the_environment_names_asks_too_and_is_left(tmp_path: Path) -> None:
     named = tmp_path / "elsewhere"
-    monkeypatch.setenv("CONVOY_STOP_FILE", str(named))
     request = StopRequest()
-    files = StopFiles(tmp_path, request)
+    files = StopFiles(tmp_path, str(named), request)
     files.look()
     assert not request
     named.touch()
