@@ -30,6 +30,7 @@ def describe_plan(config: Config, launch: Launch, config_name: str) -> str:
     info = build.dataset_info(config)
     schedule = build.build_schedule(config, info)
     device = choose_device(launch, config.train.device, config.train.backend)
+    threads = choose_threads(launch, build.threads_of(config))
     return "\n".join(
         (
             config.to_yaml(),
@@ -39,8 +40,7 @@ def describe_plan(config: Config, launch: Launch, config_name: str) -> str:
             f"steps: {schedule.steps_per_epoch:,} an epoch of {config.data.global_batch_size} images each, "
             f"{schedule.total_steps:,} in all",
             f"ranks: {launch.world_size}, each on {device.type} in "
-            f"{choose_precision(config.train.precision, device)} with {choose_threads(launch, build.threads_of(config))} "
-            "thread(s)",
+            f"{choose_precision(config.train.precision, device)} with {threads} thread(s)",
             f"run folder: {_folder(config, config_name)}",
             f"run: {_check_run(config, launch)}",
         )
