@@ -53,6 +53,9 @@ from tests.tracking.history import differences, find_runs, recorded_history, sto
 from tests.tracking.recording import publisher_pid
 
 SHARE_LIMIT = 0.02
+FORCED_WRITE = "sync"
+"""Of the journal to the disk, which each checkpoint begins with: a part of saving. How long it lasts is the disk's to
+say, so that it counts in the share of the loop, and is shown, but has no limit as a call."""
 CALL_LIMIT = 0.020
 """Seconds, for every call of every training."""
 NUM_KILLS = 3
@@ -255,7 +258,12 @@ def share_of(run: Run) -> float:
 
 def longest_of(run: Run) -> float:
     """Seconds."""
-    return float(max(each["longest_seconds"] for each in run["calls"].values()))
+    return float(max(each["longest_seconds"] for kind, each in run["calls"].items() if kind != FORCED_WRITE))
+
+
+def longest_forced_write_of(run: Run) -> float:
+    """Seconds; 0 if there was none."""
+    return float(run["calls"].get(FORCED_WRITE, {"longest_seconds": 0.0})["longest_seconds"])
 
 
 def describe(run: Run) -> str:
@@ -287,7 +295,8 @@ def by_condition(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def tabulate(runs: Sequence[Run]) -> str:
-    header = ["the server", "share of the loop", "longest call, ms", "us a step", "points", "in MLflow after sync"]
+    header = ["the server", "share of the loop", "longest call, ms", "longest forced write, ms", "us a step"]
+    header += ["points", "in MLflow after sync"]
     rows = []
     for condition, group in by_condition(runs).items():
         shares = [share_of(run) for run in group]
@@ -298,6 +307,7 @@ def tabulate(runs: Sequence[Run]) -> str:
                 CONDITIONS[condition],
                 Spread.of(shares).format(".2%"),
                 Spread.of([1000 * longest_of(run) for run in group]).format(".1f"),
+                Spread.of([1000 * longest_forced_write_of(run) for run in group]).format(".1f"),
                 Spread.of(microseconds).format(",.0f"),
                 Spread.of([run["points"] for run in group]).format(",.0f"),
                 f"not as recorded: {wrong} of {len(group)}" if wrong else "all, once",
@@ -314,9 +324,9 @@ def write_report(options: Options, runs: Sequence[Run]) -> None:
             "What rank 0 spends in calls that record something, with a record at every step, by what the MLflow server "
             f"({'PostgreSQL' if options.postgres else 'SQLite'}, on the same machine) does: median (lowest to highest) "
             f"of {options.rounds} training(s) on {options.ranks} rank(s), {options.batch} samples per rank and step, a "
-            f"checkpoint every {options.checkpoint_every} steps, whose forced write of the journal is among the calls. "
-            f"Limits: {SHARE_LIMIT:.0%} of the loop for the median, {1000 * CALL_LIMIT:.0f} ms for the longest call of "
-            "every training.",
+            f"checkpoint every {options.checkpoint_every} steps, whose forced write of the journal is in the share, and "
+            f"in a column of its own. Limits: {SHARE_LIMIT:.0%} of the loop for the median, {1000 * CALL_LIMIT:.0f} ms "
+            "for the longest other call of every training.",
             "The last column compares MLflow after `sync` with the journal: step, value and time of each point.",
             format_machine(machine),
             tabulate(runs),

@@ -89,6 +89,9 @@ def test_the_median_share_and_every_longest_call_keep_their_limits_and_every_run
     assert "3.00%" in share and "limit 2%" in share
     (longest,) = tracking.find_excesses([within, within, run_of(0.1, 0.5)])
     assert longest == "too long: refused has a call of 0.500 s, limit 0.020"
+    forced = run_of(0.1, 0.005)
+    forced["calls"]["sync"] = {"calls": 1, "seconds": 0.05, "longest_seconds": 0.05}  # as long as the disk has it
+    assert tracking.find_excesses([forced]) == []
     (line,) = tracking.find_excesses([within, within, run_of(0.1, 0.010, ["2 runs in MLflow"])])
     assert line == "refused: 2 runs in MLflow"
 
