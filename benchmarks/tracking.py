@@ -324,7 +324,7 @@ def write_report(options: Options, runs: Sequence[Run]) -> None:
             "What rank 0 spends in calls that record something, with a record at every step, by what the MLflow server "
             f"({'PostgreSQL' if options.postgres else 'SQLite'}, on the same machine) does: median (lowest to highest) "
             f"of {options.rounds} training(s) on {options.ranks} rank(s), {options.batch} samples per rank and step, a "
-            f"checkpoint every {options.checkpoint_every} steps, whose forced write of the journal is in the share, and "
+            f"checkpoint every {options.checkpoint_every} steps, whose forced write of the journal is in the share and "
             f"in a column of its own. Limits: {SHARE_LIMIT:.0%} of the loop for the median, {1000 * CALL_LIMIT:.0f} ms "
             "for the longest other call of every training.",
             "The last column compares MLflow after `sync` with the journal: step, value and time of each point.",
