@@ -147,9 +147,10 @@ def test_a_checkpoint_is_a_folder_of_the_documented_files(folder: Path) -> None:
         "run_id": "0123abc",
         "value": 0.9,
         "config": {},
+        "dataset_digest": "",
     }
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["files"] == {
         name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name in FILES[:3]
@@ -242,12 +243,12 @@ def test_a_garbled_manifest_is_found(folder: Path, content: bytes) -> None:
     refuse(path, "manifest")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_format_is_named(folder: Path, version: object) -> None:
     path = checkpoints_in(folder).save(state_at(1))
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": version}))
-    refuse(path, f"format {version}", "reads format 1")
+    refuse(path, f"format {version}", "reads format 2")
 
 
 def test_no_folder_is_a_checkpoint_error_too(folder: Path) -> None:
@@ -289,7 +290,9 @@ def test_damaged_checkpoints_are_named_in_warnings_and_the_one_before_is_loaded(
     assert str(paths[2]) in messages[0]
     assert str(paths[1]) in messages[1]
     flip(paths[0] / "training.pt", 77)
-    assert checkpoints.load_latest() is None
+    with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
+        checkpoints.load_latest()
+    assert all(path.is_dir() for path in paths)
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[]"])

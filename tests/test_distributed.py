@@ -43,7 +43,15 @@ def without(*names: str) -> dict[str, str]:
 
 
 def test_torchruns_variables_make_the_launch() -> None:
-    assert Launch.from_environment(TORCHRUN) == Launch(5, 1, 8, 4, "job-17")
+    assert Launch.from_environment(TORCHRUN) == Launch(5, 1, 8, 4, "job-17", launcher_pid=os.getppid())
+
+
+@pytest.mark.parametrize(("restarts", "local", "is_replaceable"), [("0", "4", False), ("3", "8", False), ("3", "4", True)])
+def test_a_node_is_replaceable_where_launchers_of_others_may_restart(
+    restarts: str, local: str, is_replaceable: bool
+) -> None:
+    environment = TORCHRUN | {"TORCHELASTIC_MAX_RESTARTS": restarts, "LOCAL_WORLD_SIZE": local}
+    assert Launch.from_environment(environment).is_replaceable == is_replaceable
 
 
 def test_without_torchrun_it_is_a_world_of_one() -> None:

@@ -219,3 +219,43 @@ def test_a_training_stopped_and_resumed_goes_on_with_a_captured_step(tmp_path: P
     resumed = losses(train(tmp_path, "again", "train.epochs=2"))
     whole = losses(train(tmp_path, "whole", "train.epochs=2"))
     assert resumed == pytest.approx(whole, rel=1e-2)
+
+
+def _weights_after_nan(rank: Rank, optimizer: str, graph: str) -> tuple[torch.Tensor, list[float]]:
+    """Behind six steps, of which the third has an image of NaN; and what was skipped."""
+    config = config_of(
+        *SYNTHETIC, "train.precision=fp32", f"optim.name={optimizer}", "optim.lr=0.01", f"train.cuda_graph={graph}"
+    )
+    trainer, _ = make_trainer(rank, config, 64 * 6)
+    shift = trainer.train_loader._normalize.shift  # type: ignore[attr-defined]
+    usual = shift.clone()
+    trainer.step.prepare()
+    for number, batch in enumerate(trainer.train_loader):
+        shift.copy_(torch.full_like(usual, torch.nan) if number == 2 else usual)
+        trainer.step(batch, lr=0.01, global_step=number)
+    return flat_weights(trainer).cpu(), trainer.precision.skipped.tolist()
+
+
+@pytest.mark.parametrize("graph", ["auto", "never"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop", "adadelta"])
+def test_a_step_without_finite_gradients_is_skipped_by_the_device(optimizer: str, graph: str) -> None:
+    weights, skipped = on_gpu(_weights_after_nan, optimizer, graph)
+    assert weights.isfinite().all()
+    assert skipped == [1.0, 0.0, 1.0]
+
+
+def final_weights(folder: Path, name: str) -> torch.Tensor:
+    loaded = torch.load(folder / "runs" / name / "model" / "final.pt", map_location="cpu", weights_only=True)
+    return torch.cat([value.flatten() for value in loaded.values()])
+
+
+def test_a_deterministic_training_gives_the_same_bits_again(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        train(tmp_path, name, "train.deterministic=true")
+    assert torch.equal(final_weights(tmp_path, "first"), final_weights(tmp_path, "second"))
+
+
+def test_a_reproducible_training_gives_the_same_bits_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        train(tmp_path, str(ranks), "train.reproducible=true", "train.backend=gloo", ranks=ranks)
+    assert torch.equal(final_weights(tmp_path, "1"), final_weights(tmp_path, "2"))

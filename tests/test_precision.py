@@ -141,7 +141,7 @@ def continued_scale(rank: Rank) -> tuple[dict[str, Any], dict[str, Any], Tensor]
 def test_the_loss_scale_survives_a_checkpoint() -> None:
     ((saved, loaded, gradient),) = run_ranks(1, continued_scale)
     assert saved["scale"] == 65536.0 / 8
-    assert loaded == saved
+    assert loaded == saved | {"skipped": [3.0, 0.0, 0.0]}
     assert gradient.item() == 3.0 * 65536 / 8  # it is used, too
 
 

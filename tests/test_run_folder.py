@@ -171,6 +171,7 @@ def test_resume_allows_or_refuses(
 ANOTHER = {
     "run.seed": "7",
     "data.dataset": "synthetic",
+    "train.reproducible": "true",
     "data.image_size": "32",
     "data.mean": "0.25",
     "data.std": "0.25",

@@ -30,13 +30,13 @@ class RunConfig(Section):
     )
     dir: str = Field("runs", min_length=1, description="folder in which run folders are made")
     seed: int = Field(0, ge=0, lt=2**63, description="fixes initial weights, order of samples and dropout")
-    max_attempts: int = Field(
-        10, ge=1, description="attempts in a row that may fail or be killed without a new checkpoint"
-    )
     resume: Literal["auto", "never", "must"] = Field(
         "auto",
         description="auto: continue the named run's last checkpoint if there is one; never: refuse an existing "
         "folder; must: fail without a checkpoint",
+    )
+    max_attempts: int = Field(
+        10, ge=1, description="attempts in a row that may fail or be killed without a new checkpoint"
     )
 
 
