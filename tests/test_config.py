@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pipeline.config import FIELDS, CommandLine, Config, ConfigError, load_config, parse_command_line
 from pipeline.distributed import Launch
 from pipeline.run_folder import RunFolder
-from train import build
+from train.contradictions import find_contradictions
 from train.main import ROOT, main
 
 DEFAULT = ROOT / "configs" / "default.yaml"
@@ -450,7 +450,7 @@ def test_default_yaml_loads_as_the_defaults() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_without_a_problem_and_survives_being_written(path: Path, recipe: Path) -> None:
     config = load_config(CommandLine(path, (), dry_run=False))
-    assert list(build.find_contradictions(config, Launch())) == []
+    assert list(find_contradictions(config, Launch())) == []
     assert resolve_file(recipe, config.to_yaml()) == config
 
 

@@ -46,7 +46,9 @@ def test_torchruns_variables_make_the_launch() -> None:
     assert Launch.from_environment(TORCHRUN) == Launch(5, 1, 8, 4, "job-17", launcher_pid=os.getppid())
 
 
-@pytest.mark.parametrize(("restarts", "local", "is_replaceable"), [("0", "4", False), ("3", "8", False), ("3", "4", True)])
+@pytest.mark.parametrize(
+    ("restarts", "local", "is_replaceable"), [("0", "4", False), ("3", "8", False), ("3", "4", True)]
+)
 def test_a_node_is_replaceable_where_launchers_of_others_may_restart(
     restarts: str, local: str, is_replaceable: bool
 ) -> None:

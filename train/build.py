@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.communication import replicate, replicate_by_shards
 from pipeline.communication.ddp import new_stream
 from pipeline.communication.shards import Shards
-from pipeline.config import Config, Problem
+from pipeline.config import Config
 from pipeline.data.augment import Augment
 from pipeline.data.datasets import (
     DATASETS,
@@ -30,9 +29,9 @@ from pipeline.data.datasets import (
 from pipeline.data.loading import Loader, Normalize, ResidentLoader, StreamedLoader
 from pipeline.data.sampler import BlockSampler, GlobalOrderSampler
 from pipeline.data.sharing import share_on_node
-from pipeline.distributed import Launch, Rank, choose_device, start_rank
-from pipeline.losses import LOSSES, losses_for
-from pipeline.models import NETWORKS, build_model
+from pipeline.distributed import Launch, Rank, start_rank
+from pipeline.losses import LOSSES
+from pipeline.models import build_model
 from pipeline.optim import Schedule, build_optimizer
 from pipeline.precision import Precision
 from pipeline.preemption import StopRequest
@@ -45,7 +44,7 @@ from train.evaluation import Evaluator
 from train.output import RunOutput
 from train.profiling import NoProfiler, StepProfiler
 from train.shard_step import ShardStep
-from train.static_step import StaticStep, has_batch_statistics
+from train.static_step import StaticStep
 from train.step import EagerStep, Step, StepParts
 from train.trainer import Trainer
 
@@ -74,76 +73,6 @@ def dataset_info(config: Config) -> DatasetInfo:
         mean=data.mean or info.mean,
         std=data.std or info.std,
     )
-
-
-def find_contradictions(config: Config, launch: Launch) -> Iterable[Problem]:
-    """What only datasets, networks and this machine know. Reads no file and starts nothing."""
-    info, network = dataset_info(config), NETWORKS[config.model.name]
-    fitting = losses_for(network.output)
-    if config.loss not in fitting:
-        yield Problem(
-            ("loss", "model.name"),
-            f"loss = {config.loss}: does not fit the {network.output.replace('_', '-')} of model.name="
-            f"{config.model.name}; use loss={' or loss='.join(fitting)}",
-        )
-    for argument in ("dropout", "dropout2d"):
-        if getattr(config.model, argument) is not None and argument not in network.arguments:
-            yield Problem(
-                (f"model.{argument}", "model.name"),
-                f"model.{argument} = {getattr(config.model, argument)}: {config.model.name} has none; accepted: null",
-            )
-    if info.image_size < network.min_image_size:
-        yield Problem(
-            ("data.image_size", "model.name", "data.dataset"),
-            f"data.image_size = {info.image_size}: too small for {config.model.name}; accepted: "
-            f">= {network.min_image_size}",
-        )
-    for key, values in (("data.mean", info.mean), ("data.std", info.std)):
-        if len(values) != info.channels:
-            yield Problem(
-                (key, "data.dataset"),
-                f"{key} = {list(values)}: accepted: {info.channels} number(s), one per channel of {info.name}",
-            )
-    total_steps = config.train.epochs * -(-info.train_size // config.data.global_batch_size)
-    if config.optim.warmup >= total_steps:
-        yield Problem(
-            ("optim.warmup", "train.epochs", "data.global_batch_size"),
-            f"optim.warmup = {config.optim.warmup}: as long as the training or longer; accepted: < {total_steps}, the "
-            "number of optimizer steps",
-        )
-    yield from _find_device_contradictions(config, launch)
-    if config.train.reproducible:
-        yield from _find_reproducibility_contradictions(config, launch)
-
-
-def _find_reproducibility_contradictions(config: Config, launch: Launch) -> Iterable[Problem]:
-    shards = config.train.virtual_shards
-    if launch.world_size > shards:
-        yield Problem(
-            ("train.virtual_shards", "train.reproducible"),
-            f"train.virtual_shards = {shards}: fewer than the {launch.world_size} ranks of a reproducible training; "
-            "start as many ranks at most, or set more shards (which gives other bits)",
-        )
-    with torch.device("meta"):
-        network = build_network(config, dataset_info(config))
-    if has_batch_statistics(network):
-        yield Problem(
-            ("train.reproducible", "model.name"),
-            f"train.reproducible = true: {config.model.name} has batch statistics, which depend on the number of "
-            "ranks; choose another network",
-        )
-
-
-def _find_device_contradictions(config: Config, launch: Launch) -> Iterable[Problem]:
-    try:
-        device = choose_device(launch, config.train.device, config.train.backend)
-    except ValueError as error:
-        yield Problem(("train.device", "train.backend"), str(error))
-        return
-    if device.type == "cpu" and config.train.device == "auto":
-        for key, value in (("train.precision", "fp16"), ("train.backend", "nccl"), ("train.compress", "bf16")):
-            if config.get(key) == value:
-                yield Problem((key, "train.device"), f"{key} = {value}: needs a GPU, and torch sees none here")
 
 
 def threads_of(config: Config) -> int | None:

@@ -25,6 +25,7 @@ from pipeline.preemption import StopRequest, listen_for_stop
 from pipeline.run_folder import RunError
 from pipeline.timing import StartupTimer
 from train import build
+from train.contradictions import find_contradictions
 from train.plan import describe_plan
 from train.session import DIGITS_NOTE, Session, open_session
 from train.watchdog import build_looks, watching, watching_launcher
@@ -87,7 +88,7 @@ def read_config(argv: Sequence[str] | None, launch: Launch) -> tuple[CommandLine
     command = parse_command_line(sys.argv[1:] if argv is None else argv, ROOT / "configs" / "default.yaml")
 
     def check(config: Config) -> list[Problem]:
-        return list(build.find_contradictions(config, launch))
+        return list(find_contradictions(config, launch))
 
     return command, load_config(command, [check])
 

@@ -110,8 +110,12 @@ class FolderOutput:
     def save_trace(self, write: Callable[[str], object]) -> None:
         """`write(path)` makes the file, compressed."""
         path = self.folder.path / "profile" / f"trace-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
-        path.parent.mkdir(exist_ok=True)
-        write(str(path))
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write(str(path))
+        except (OSError, RuntimeError) as error:  # torch's profiler raises either on a full disk
+            logger.error("the trace of the steps could not be written: %s", error)
+            return
         self.journal.append("artifact", path=str(path.relative_to(self.folder.path)))
         logger.info("trace of the steps: %s", os.path.relpath(path))
 

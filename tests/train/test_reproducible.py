@@ -14,7 +14,7 @@ from pipeline.distributed import Launch, Rank
 from tests.ranks import run_ranks
 from tests.train.helpers import config_of
 from tests.train.test_resume import assert_same_run, run, status
-from train import build
+from train import contradictions
 from train.shard_step import ShardStep
 
 REPRODUCIBLE = ("train.reproducible=true", "checkpoint.every_steps=3", "data.random_crop=2", "data.eval_batch_size=4")
@@ -85,14 +85,14 @@ def _sum_of_shards(rank: Rank) -> tuple[torch.Tensor, str]:
 
 def test_more_ranks_than_shards_are_refused() -> None:
     config = config_of("train.reproducible=true", "train.virtual_shards=2")
-    (problem,) = build.find_contradictions(config, Launch(0, 0, 3, 3))
+    (problem,) = contradictions.find_contradictions(config, Launch(0, 0, 3, 3))
     assert "train.virtual_shards = 2: fewer than the 3 ranks" in problem.message
-    assert list(build.find_contradictions(config, Launch(0, 0, 2, 2))) == []
+    assert list(contradictions.find_contradictions(config, Launch(0, 0, 2, 2))) == []
 
 
 def test_networks_with_batch_statistics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "build_network", lambda *_: nn.Sequential(nn.BatchNorm2d(3)))
-    (problem,) = build.find_contradictions(config_of("train.reproducible=true"), Launch())
+    monkeypatch.setattr(contradictions, "build_network", lambda *_: nn.Sequential(nn.BatchNorm2d(3)))
+    (problem,) = contradictions.find_contradictions(config_of("train.reproducible=true"), Launch())
     assert "convnet has batch statistics" in problem.message
 
 
