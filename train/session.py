@@ -12,25 +12,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.checkpoint import CheckpointError, Position, TrainingState
+from pipeline.checkpoint import TrainingState
 from pipeline.config import Config
 from pipeline.credentials import without_credentials
 from pipeline.data.datasets import Dataset
 from pipeline.distributed import Launch, Rank
 from pipeline.provenance import collect_provenance
-from pipeline.run_folder import (
-    RunError,
-    RunFolder,
-    changes,
-    check_resumable,
-    check_same_training,
-    choose_run,
-    training_lock,
-)
+from pipeline.run_folder import RunError, RunFolder, changes
 from pipeline.tracking.journal import Journal, now_ms
 from pipeline.tracking.process import PublisherProcess, SamplerProcess
 from pipeline.tracking.progress import Progress
-from train.build import build_checkpoints, build_schedule
+from train.build import build_schedule
+from train.claim import Claim, claim_run
 from train.evaluation import Predictions
 from train.output import NUM_SLIDE_IMAGES, FolderOutput, NullOutput, RunOutput
 from train.results import (
@@ -84,61 +77,27 @@ class Attempt:
             raise RunError(f"the run cannot be written: {error}; set run.dir to a folder that can be") from error
 
     def _begin(self, stack: ExitStack) -> Start:
-        folder = choose_run(
-            self.config, self.config_name, os.environ, self.launch.run_id, is_restart=self.launch.is_restart
-        )
-        checkpoints = build_checkpoints(self.config, folder)
-        if folder.path.exists():
-            stack.enter_context(training_lock(folder))
-        try:
-            state = checkpoints.load_latest()
-        except CheckpointError as error:
-            raise RunError(str(error)) from error
-        check_resumable(folder, self.config, has_checkpoint=state is not None, launch_id=self.launch.run_id)
-        if state is not None:
-            check_same_training(folder, self.config, state.config, state.dataset_digest, self.dataset.digest)
-        if not folder.path.exists():
-            folder.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(training_lock(folder))
-        status = folder.status()
-        num_fruitless = self._count_fruitless(folder, state.position if state else None)
-        if num_fruitless >= self.config.run.max_attempts:
-            raise RunError(
-                f"run {folder.name} has ended {num_fruitless} times in a row without a new checkpoint: look at its log "
-                f"for the reason; run.max_attempts={num_fruitless + 1} or more tries again"
-            )
-        if status.get("state") == "finished" and status.get("epoch", 0) >= self.config.train.epochs:
+        claim = claim_run(self.config, self.config_name, self.launch, self.dataset.digest, stack)
+        folder = claim.folder
+        if claim.is_finished:
             logger.info(
                 "run %s is finished (%d epochs) and left as it is; raise train.epochs to go on, or choose another "
                 "run.name",
                 folder.name,
-                status["epoch"],
+                folder.status()["epoch"],
             )
             if self.config.tracking.enabled and not Progress(folder, self.uri).is_complete():
                 logger.info("MLflow has not everything of it; publish the rest with: %s", sync_command(folder))
             return Start("", folder.path, None, is_finished=True)
-        journal = Journal(folder.journal)
-        if state is not None and journal.run_id not in (None, state.run_id):
-            raise RunError(
-                f"the checkpoints in {folder.checkpoints} are of run {state.run_id}, the journal beside them is of "
-                f"{journal.run_id}: move away what does not belong to {folder.name}"
-            )
+        journal = claim.open_journal()
         prefix = f"resume.{journal.num_attempts}." if journal.run_id else ""
-        saved_step = state.position.global_step if state else None
-        self.output = FolderOutput(folder, journal, checkpoints, prefix, saved_step)
+        saved_step = claim.step if claim.state else None
+        self.output = FolderOutput(folder, journal, claim.checkpoints, prefix, saved_step)
         write_slide_images(folder, self.dataset, NUM_SLIDE_IMAGES)
-        run_id = self._record_beginning(folder, journal, state)
+        run_id = self._record_beginning(claim, journal)
         if self.config.tracking.enabled:
             self._start_publisher(folder)
-        return Start(run_id, folder.path, state)
-
-    def _count_fruitless(self, folder: RunFolder, position: Position | None) -> int:
-        """Attempts in a row that failed or were killed, without a new checkpoint."""
-        status = folder.status()
-        if status.get("state") not in ("running", "failed"):
-            return 0
-        has_progress = status.get("began_at_step") != (position.global_step if position else 0)
-        return 0 if has_progress else status.get("fruitless_attempts", 0) + 1
+        return Start(run_id, folder.path, claim.state)
 
     def _start_publisher(self, folder: RunFolder) -> None:
         try:
@@ -146,12 +105,11 @@ class Attempt:
         except OSError as error:
             logger.warning("nothing is published while it trains: %s", error)
 
-    def _record_beginning(self, folder: RunFolder, journal: Journal, state: TrainingState | None) -> str:
+    def _record_beginning(self, claim: Claim, journal: Journal) -> str:
         assert self.output is not None
-        tags = self._tags()
-        run_id = journal.run_id
+        tags, folder, run_id = self._tags(), claim.folder, journal.run_id
         if run_id is None:
-            run_id = state.run_id if state else uuid.uuid4().hex
+            run_id = claim.state.run_id if claim.state else uuid.uuid4().hex
             self._record_new_run(journal, run_id, tags)
             logger.info("run %s: %s", folder.name, os.path.relpath(folder.path))
         else:
@@ -159,22 +117,20 @@ class Attempt:
             values = tags | {key: now for key, _, now in changed}
             prefix = self.output.tag_prefix
             journal.append("tags", values={prefix + key: str(value) for key, value in values.items()})
-            step = state.position.global_step if state else 0
-            logger.info("run %s continues behind step %d: %s", folder.name, step, os.path.relpath(folder.path))
+            logger.info("run %s continues behind step %d: %s", folder.name, claim.step, os.path.relpath(folder.path))
             for key, before, now in changed:
                 logger.info("  from here on with %s=%s, which was %s", key, now, before)
         temporary = folder.config.with_name(".writing-config.yaml")
         temporary.write_text(self.config.to_yaml())
         temporary.replace(folder.config)
-        position = state.position if state else None
         folder.update_status(
             run_id=run_id,
-            fruitless_attempts=self._count_fruitless(folder, position),
             launch_id=self.launch.run_id,
             tracking_uri=without_credentials(self.uri),
-            began_at_step=position.global_step if position else 0,
-            epoch=position.epoch if position else 0,
-            global_step=position.global_step if position else 0,
+            fruitless_attempts=claim.num_fruitless,
+            began_at_step=claim.step,
+            epoch=claim.epoch,
+            global_step=claim.step,
         )
         self.output.begin({"host": tags["host"], "ranks": tags["world_size"]})
         return run_id
