@@ -558,6 +558,14 @@ def test_a_dry_run_refuses_what_a_training_would(cwd: Path, capsys: pytest.Captu
     assert "run.seed was 1, is 0" in capsys.readouterr().err
     assert main(["--dry-run", "run.name=mine", "run.seed=1"]) == 0
     assert "run: new, continues behind step 0" in capsys.readouterr().out
+    folder.update_status(state="running", epoch=3)
+    assert main(["--dry-run", "run.name=mine", "run.seed=1", "optim.lr=0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "run: killed, continues behind step 0" in out
+    assert "from here on with optim.lr=0.5, which was 1.0" in out
+    folder.update_status(state="finished", epoch=20)
+    assert main(["--dry-run", "run.name=mine", "run.seed=1"]) == 0
+    assert "run: finished, and left as it is" in capsys.readouterr().out
 
 
 def test_a_dry_run_finds_what_is_wrong(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.checkpoint import CheckpointError, Checkpoints, TrainingState
 from pipeline.config import Config
@@ -74,9 +76,12 @@ def claim_run(config: Config, config_name: str, launch: Launch, dataset_digest: 
             f"run {folder.name} has ended {num_fruitless} times in a row without a new checkpoint: look at its log for "
             f"the reason; run.max_attempts={num_fruitless + 1} or more tries again"
         )
-    status = folder.status()
-    is_finished = status.get("state") == "finished" and status.get("epoch", 0) >= config.train.epochs
-    return Claim(folder, checkpoints, state, num_fruitless, is_finished)
+    return Claim(folder, checkpoints, state, num_fruitless, is_finished(folder.status(), config))
+
+
+def is_finished(status: Mapping[str, Any], config: Config) -> bool:
+    """Whether nothing is left to train."""
+    return bool(status.get("state") == "finished" and status.get("epoch", 0) >= config.train.epochs)
 
 
 def _count_fruitless(folder: RunFolder, state: TrainingState | None) -> int:

@@ -14,12 +14,14 @@ from pipeline.precision import choose_precision
 from pipeline.run_folder import (
     RunError,
     RunFolder,
+    changes,
     check_resumable,
     check_same_training,
     is_being_trained,
     slurm_run_name,
 )
 from train import build
+from train.claim import is_finished
 
 
 def describe_plan(config: Config, launch: Launch, config_name: str) -> str:
@@ -31,13 +33,14 @@ def describe_plan(config: Config, launch: Launch, config_name: str) -> str:
     schedule = build.build_schedule(config, info)
     device = choose_device(launch, config.train.device, config.train.backend)
     threads = choose_threads(launch, build.threads_of(config))
+    batch_size = min(config.data.global_batch_size, info.train_size)
     return "\n".join(
         (
             config.to_yaml(),
             _describe_network(config),
             f"data: {info.name}, {info.train_size:,} training and {info.eval_size:,} evaluation images of "
             f"{info.channels}x{info.image_size}x{info.image_size} in {info.num_classes} classes; {_check_data(config)}",
-            f"steps: {schedule.steps_per_epoch:,} an epoch of {config.data.global_batch_size} images each, "
+            f"steps: {schedule.steps_per_epoch:,} an epoch of {batch_size} images each, "
             f"{schedule.total_steps:,} in all",
             f"ranks: {launch.world_size}, each on {device.type} in "
             f"{choose_precision(config.train.precision, device)} with {threads} thread(s)",
@@ -79,8 +82,14 @@ def _check_run(config: Config, launch: Launch) -> str:
     check_resumable(folder, config, has_checkpoint=state is not None, launch_id=launch.run_id)
     if state is not None:  # whose dataset is not read here
         check_same_training(folder, config, state.config, state.dataset_digest, state.dataset_digest)
-    step = state.position.global_step if state else 0
-    return f"{folder.status().get('state', 'new')}, continues behind step {step:,}"
+    status, step = folder.status(), state.position.global_step if state else 0
+    if is_finished(status, config):
+        return "finished, and left as it is; raise train.epochs to go on, or choose another run.name"
+    before = {"running": "killed"}.get(status.get("state", "new"), status.get("state", "new"))
+    changed = "".join(
+        f"\n  from here on with {key}={now}, which was {was}" for key, was, now in changes(folder, config)
+    )
+    return f"{before}, continues behind step {step:,}{changed}"
 
 
 def _describe_network(config: Config) -> str:

@@ -14,7 +14,7 @@ from pipeline.run_folder import RunFolder, is_being_trained
 from pipeline.tracking.journal import iterate
 from pipeline.tracking.progress import Progress
 
-HELP = "publish to MLflow what is in the journals of runs and not there yet; safe to repeat"
+HELP = "publish to MLflow what is in the journals of runs and not there yet; safe to repeat; tries each for 30 s"
 COLUMNS = ("points", "params", "tags", "files", "models")
 
 

@@ -135,7 +135,7 @@ class TrainConfig(Section):
     max_nonfinite: int = Field(
         20, ge=1, description="steps in a row with gradients that are not finite, all skipped, before giving up"
     )
-    hang_timeout: float = Field(300.0, ge=1, description="seconds after which a collective that stands still fails")
+    hang_timeout: float = Field(300.0, ge=1, description="seconds without a sign of life after which a rank is ended")
     log_every: int = Field(10, ge=1, description="optimizer steps between two records of train/*, perf/* and time/*")
     profile: int = Field(0, ge=0, le=1000, description="steps of rank 0 to trace with torch's profiler; 0: none")
 

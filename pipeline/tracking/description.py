@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,6 +12,8 @@ from typing import Any
 from pipeline.tracking.journal import iterate
 
 Record = Mapping[str, Any]
+RESUMED = re.compile(r"resume\.\d+\.(.+)")
+"""The tag of a setting that an attempt changed."""
 RECIPE = (
     "data.dataset",
     "model.name",
@@ -31,6 +34,8 @@ class Story:
     name: str = ""
     command: str | None = None
     params: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, list[str]] = field(default_factory=dict)
+    """Setting -> its values in attempts that changed it."""
     tags: dict[str, str] = field(default_factory=dict)
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """By step."""
@@ -55,6 +60,10 @@ class Story:
                 self.params |= record["values"]
             case "tags":
                 self.tags |= record["values"]
+                for key, value in record["values"].items():
+                    changed = RESUMED.fullmatch(key)
+                    if changed and changed[1] in self.params:
+                        self.changes.setdefault(changed[1], []).append(value)
             case "metric" if record["key"].startswith("eval/"):
                 self.evaluations.setdefault(record["step"], {})[record["key"]] = record["value"]
             case "model":
@@ -98,7 +107,9 @@ def _evaluation(story: Story, step: int) -> str:
 
 
 def _recipe(story: Story) -> str:
-    return ", ".join(f"{key} `{story.params[key]}`" for key in RECIPE if key in story.params)
+    keys = [*RECIPE, *(key for key in story.changes if key not in RECIPE)]
+    values = {key: [story.params[key], *story.changes.get(key, [])] for key in keys if key in story.params}
+    return ", ".join(f"{key} " + ", then ".join(f"`{value}`" for value in each) for key, each in values.items())
 
 
 def _attempts(story: Story) -> str:

@@ -260,6 +260,18 @@ def test_the_run_says_what_it_is_above_its_metrics(store: str, folder: RunFolder
     assert "model.name `convnet`, optim.lr `0.5`" in note
 
 
+def test_the_description_says_which_settings_a_resumed_run_changed(
+    store: str, folder: RunFolder, journal: Journal
+) -> None:
+    journal.append("params", values={"optim.lr": 1.0, "train.log_every": 10, "run.seed": 0})
+    journal.append("tags", values={"resume.1.optim.lr": "0.5", "resume.1.host": "there"})
+    journal.append("tags", values={"resume.2.optim.lr": "0.1", "resume.2.train.log_every": "5"})
+    journal.append("status", state="finished")
+    assert published(folder, store, lambda: False)
+    note = the_run(store).data.tags["mlflow.note.content"]
+    assert "optim.lr `1.0`, then `0.5`, then `0.1`, run.seed `0`, train.log_every `10`, then `5`" in note
+
+
 def test_a_publisher_left_behind_does_not_end_the_run_of_the_next_attempt(
     store: str, folder: RunFolder, journal: Journal
 ) -> None:
