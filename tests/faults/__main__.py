@@ -1,6 +1,6 @@
 """A campaign of faults against trainings, and a table of what was lost by them.
 
-    python -m tests.faults                    # all of it: about an hour on two cores
+    python -m tests.faults                    # all of it: many hundred rounds
     python -m tests.faults --rounds 5         # so many of each kind
     python -m tests.faults --kinds kill_ranks fill_disk --seed 7
 
@@ -70,7 +70,7 @@ class Tally:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, help="of each kind; default: as many as docs/reliability.md has")
+    parser.add_argument("--rounds", type=int, help="of each kind; default: as many as it has")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
