@@ -18,6 +18,8 @@ from pipeline.distributed import Launch, start_rank
 
 TIMEOUT = 120.0
 """Seconds for all ranks together; the suite shares two cores with whatever else runs."""
+GRACE = 10.0
+"""Seconds between SIGTERM and SIGKILL for the ranks that are left when one has failed, as under a launcher."""
 
 
 class RankFailed(Exception):
@@ -53,6 +55,13 @@ def run_ranks(
             sender.close()
         try:
             return _collect([receiver for receiver, _ in pipes], time.monotonic() + timeout)
+        except RankFailed:
+            for process in processes:
+                process.terminate()
+            deadline = time.monotonic() + GRACE
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            raise
         finally:
             for process in processes:
                 process.kill()

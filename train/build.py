@@ -48,7 +48,7 @@ from train.static_step import StaticStep
 from train.step import EagerStep, Step, StepParts
 from train.trainer import Trainer
 
-LAST_WORDS = 5.0
+CAUSE_FIRST = 5.0
 """Seconds by which the others are more patient than the watchdog of a rank that stands still, which knows the cause."""
 MIN_BLOCKS = 8
 """Of an evaluation, so that small ones are shared among some ranks too."""
@@ -89,7 +89,7 @@ def join(config: Config, launch: Launch) -> AbstractContextManager[Rank]:
         backend=settings.backend,
         threads=threads_of(config),
         deterministic=settings.reproducible or settings.deterministic,
-        timeout=settings.hang_timeout + LAST_WORDS,
+        timeout=settings.hang_timeout + CAUSE_FIRST,
     )
 
 
@@ -157,24 +157,21 @@ def build_trainer(
     train_loader = _build_loader(config, choices.placement, dataset.train, train_sampler, normalize, timer, augment)
     apart = build_timer(rank.device)  # an evaluation belongs to no step
     eval_loader = _build_loader(config, choices.placement, dataset.evaluation, eval_sampler, normalize, apart)
+    timeout = config.train.hang_timeout + CAUSE_FIRST
+    shards = None
     if config.train.reproducible:
-        replicas, shards = replicate_by_shards(
-            network, rank, config.train.virtual_shards, timeout=config.train.hang_timeout + LAST_WORDS
-        )
+        replicas, shards = replicate_by_shards(network, rank, config.train.virtual_shards, timeout=timeout)
     else:
-        shards, replicas = (
-            None,
-            replicate(
-                network,
-                rank,
-                timer,
-                normalize(dataset.train.images[:1].to(rank.device)),
-                timeout=config.train.hang_timeout + LAST_WORDS,
-                shared_memory=config.train.backend == "auto",
-                accumulate=config.train.accumulate,
-                compress=choices.compress,
-                capture_stream=stream,
-            ),
+        replicas = replicate(
+            network,
+            rank,
+            timer,
+            normalize(dataset.train.images[:1].to(rank.device)),
+            timeout=timeout,
+            shared_memory=config.train.backend == "auto",
+            accumulate=config.train.accumulate,
+            compress=choices.compress,
+            capture_stream=stream,
         )
     output.choices(choices.reasons | {"gradients": replicas.gradients})
     parts = StepParts(
@@ -206,6 +203,7 @@ def build_trainer(
         profiler=StepProfiler(config.train.profile) if config.train.profile and rank.is_main else NoProfiler(),
         run_id=run_id,
         dataset_digest=dataset.digest,
+        waits_in_backward=replicas.meet_in_backward,
     )
 
 

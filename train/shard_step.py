@@ -10,7 +10,7 @@ from pipeline.data.loading import Batch
 from pipeline.metrics import exact
 from pipeline.optim import set_lr
 from pipeline.seeding import stream_seed
-from train.step import StepParts, count_hits, seed_device
+from train.step import StepParts, seed_device
 
 
 class ShardStep:
@@ -38,7 +38,7 @@ class ShardStep:
             parts.timer.lap("data")
             if len(labels) > 0:
                 seed_device(parts.rank.device, stream_seed(parts.seed, "shard", global_step, shard))
-                sums += exact(self._compute_gradient(images, labels, batch.global_count))
+                sums += exact(parts.compute_gradient(images, labels, batch.global_count))
             self._shards.store(shard)
             parts.timer.lap("backward")
         self._shards.sum()
@@ -46,13 +46,3 @@ class ShardStep:
         parts.precision.update(parts.optimizer, self._parameters, parts.clip_norm)
         parts.timer.lap("update")
         return sums
-
-    def _compute_gradient(self, images: Tensor, labels: Tensor, global_count: int) -> Tensor:
-        """Of one shard, as its part of the mean over the global batch; its sums of loss and hits."""
-        parts = self._parts
-        with parts.precision.autocast():
-            output = parts.replicas.model(images)
-            loss = parts.loss.total(output, labels)
-        parts.timer.lap("forward")
-        parts.precision.backward(loss / (global_count * parts.loss.per_sample(output.shape[1])))
-        return torch.stack((loss.detach(), count_hits(output, labels).sum()))

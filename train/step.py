@@ -40,6 +40,20 @@ class StepParts:
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.replicas.model.parameters() if p.requires_grad]
 
+    def compute_gradient(self, images: Tensor, labels: Tensor, global_count: int, scale: float = 1.0) -> Tensor:
+        """Adds to the gradients `scale` times what these samples are of the mean over the global batch.
+
+        Sums of loss and hits, as the step returns them, of these samples.
+        """
+        with self.precision.autocast():
+            output = self.replicas.model(images)
+            loss = self.loss.total(output, labels)
+        sums = torch.stack((loss.detach(), count_hits(output, labels).sum()))
+        self.timer.lap("forward")
+        denominator = global_count * self.loss.per_sample(output.shape[1])
+        self.precision.backward(loss * (scale / denominator))
+        return sums
+
 
 class Step(Protocol):
     """One optimizer step. Collective: every rank must call, with its share of the same global batch."""
@@ -78,25 +92,13 @@ class EagerStep:
                 continue  # only the last is needed by the other ranks, as the one that synchronises
             # no_sync has to cover the forward pass too: DDP decides there whether backward will reduce
             with nullcontext() if index == last else parts.replicas.no_sync():
-                sums += self._compute_gradient(images, labels, batch.global_count)
+                sums += parts.compute_gradient(images, labels, batch.global_count, scale=parts.rank.world_size)
             if index == last:
                 parts.replicas.average()
             # where there is something to average, the lap for `backward` was taken when that began
             parts.timer.lap("communication" if index == last and parts.rank.world_size > 1 else "backward")
         parts.precision.update(parts.optimizer, self._parameters, parts.clip_norm)
         parts.timer.lap("update")
-        return sums
-
-    def _compute_gradient(self, images: Tensor, labels: Tensor, global_count: int) -> Tensor:
-        """Adds to the gradients; sums as the step returns them, of this micro-batch."""
-        parts = self._parts
-        with parts.precision.autocast():
-            output = parts.replicas.model(images)
-            loss = parts.loss.total(output, labels)
-        sums = torch.stack((loss.detach(), count_hits(output, labels).sum()))
-        parts.timer.lap("forward")
-        denominator = global_count * parts.loss.per_sample(output.shape[1])
-        parts.precision.backward(loss * (parts.rank.world_size / denominator))
         return sums
 
 

@@ -64,6 +64,8 @@ class Trainer:
     profiler: Profiler
     run_id: str
     dataset_digest: str
+    waits_in_backward: bool = False
+    """For the gradients of other ranks."""
     pulse: Pulse = field(default_factory=Pulse)
     position: Position = field(default_factory=Position)
     best: Best | None = None

@@ -14,8 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import unwrap
 from pathlib import Path
 from types import CodeType, FrameType
+
+from torch.autograd import graph
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.communication.node_average import NodeAverage
 from pipeline.communication.shards import Shards
@@ -26,9 +30,8 @@ from pipeline.precision import Precision
 from pipeline.preemption import StopRequest
 from train.evaluation import Evaluator
 from train.session import Session
-from train.shard_step import ShardStep
 from train.static_step import StaticStep
-from train.step import EagerStep
+from train.step import StepParts
 from train.trainer import Trainer
 
 LOOK_EVERY = 1.0
@@ -40,21 +43,21 @@ GRACE = 25.0
 WAITING = "waiting for other ranks"
 logger = logging.getLogger("convoy")
 
-PHASES: dict[CodeType, str] = {
-    Trainer.save.__code__: "the save of a checkpoint",
-    Evaluator.evaluate.__code__: "the evaluation",
-    ResidentLoader.__iter__.__code__: "the loading of data",
-    StreamedLoader.__iter__.__code__: "the loading of data",
-    EagerStep._compute_gradient.__code__: "the forward pass",
-    ShardStep._compute_gradient.__code__: "the forward pass",
-    StaticStep.__call__.__code__: "the captured step",
-    Precision.backward.__code__: "the backward pass",  # under DDP with the other ranks, in its all-reduce
-    Precision.update.__code__: "the update of the weights",
-    NodeAverage.average.__code__: WAITING,
-    Shards.sum.__code__: WAITING,
-    PendingSum.values.__code__: WAITING,
-    Rank.reduce_sum.__code__: WAITING,
-    Rank.gather.__code__: WAITING,
+PHASES: dict[Callable[..., object], str] = {
+    Trainer.save: "the save of a checkpoint",
+    Evaluator.evaluate: "the evaluation",
+    ResidentLoader.__iter__: "the loading of data",
+    StreamedLoader.__iter__: "the loading of data",
+    StepParts.compute_gradient: "the forward pass",
+    StaticStep.__call__: "the captured step",
+    Precision.backward: "the backward pass",
+    Precision.update: "the update of the weights",
+    DistributedDataParallel._pre_forward: WAITING,  # for buckets and buffers
+    NodeAverage.average: WAITING,
+    Shards.sum: WAITING,
+    PendingSum.values: WAITING,
+    Rank.reduce_sum: WAITING,
+    Rank.gather: WAITING,
 }
 """By the innermost of these that is being executed."""
 
@@ -63,14 +66,23 @@ class Watchdog:
     """What one rank's thread looks at."""
 
     def __init__(
-        self, rank: Rank, progress: Callable[[], object], timeout: float, fail: Callable[[BaseException], None]
+        self,
+        rank: Rank,
+        progress: Callable[[], object],
+        timeout: float,
+        fail: Callable[[BaseException], None],
+        *,
+        waits_in_backward: bool = False,
     ):
         """`progress` is another value whenever the training has come further; `timeout`: seconds that it may be the
-        same. `fail` records the end of the run."""
+        same. `fail` records the end of the run. `waits_in_backward`: there the gradients of the ranks meet."""
         self._rank = rank
         self._progress = progress
         self._timeout = timeout
         self._fail = fail
+        phases = PHASES | ({graph._engine_run_backward: WAITING} if waits_in_backward else {})
+        # unwrapped: all functions with the same decorator have its code
+        self._phases: dict[CodeType, str] = {unwrap(function).__code__: name for function, name in phases.items()}
         self._last = progress()
         self._looked_at = time.monotonic()
         self._silent = 0.0
@@ -90,8 +102,8 @@ class Watchdog:
     def _phase(self) -> str:
         frame: FrameType | None = sys._current_frames().get(self._thread_id)
         while frame is not None:
-            if frame.f_code in PHASES:
-                return PHASES[frame.f_code]
+            if frame.f_code in self._phases:
+                return self._phases[frame.f_code]
             frame = frame.f_back
         return "the training loop"
 
@@ -183,7 +195,8 @@ def build_looks(config: Config, session: Session, trainer: Trainer) -> Iterator[
     def progress() -> object:
         return trainer.pulse.num_beats, trainer.timer.last
 
-    yield Watchdog(trainer.rank, progress, config.train.hang_timeout, session.fail).look
+    timeout, in_backward = config.train.hang_timeout, trainer.waits_in_backward
+    yield Watchdog(trainer.rank, progress, timeout, session.fail, waits_in_backward=in_backward).look
     if trainer.rank.is_main:
         yield StopFiles(session.start.folder, os.environ.get("CONVOY_STOP_FILE"), trainer.stop).look
 

@@ -29,6 +29,8 @@ class Replicas:
     """Around forward and backward of those before, whose gradients are only added up."""
     gradients: str = "of one rank"
     """How they are averaged, for the record."""
+    meet_in_backward: bool = False
+    """A rank waits for the others within `backward()`."""
 
 
 def replicate_by_shards(network: nn.Module, rank: Rank, num_shards: int, *, timeout: float) -> tuple[Replicas, Shards]:
@@ -65,4 +67,4 @@ def replicate(
         network.load_state_dict(rank.from_main(network.state_dict))
         return Replicas(network, node.average, gradients="shared memory")
     model, gradients = wrap(network, rank, timer, images, accumulate, compress, capture_stream)
-    return Replicas(model, no_sync=model.no_sync, gradients=gradients)
+    return Replicas(model, no_sync=model.no_sync, gradients=gradients, meet_in_backward=True)

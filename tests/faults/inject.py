@@ -22,15 +22,16 @@ from pipeline.communication.shards import Shards
 from pipeline.metrics import EvaluationMeter, TrainMeter
 from pipeline.precision import Precision
 from train.shard_step import ShardStep
-from train.step import EagerStep
+from train.step import EagerStep, StepParts
 from train.trainer import Trainer
 
 PLACES: dict[str, list[tuple[type, str]]] = {
     "step": [(EagerStep, "__call__"), (ShardStep, "__call__")],
-    "forward": [(EagerStep, "_compute_gradient"), (ShardStep, "_compute_gradient")],
-    "backward": [(Precision, "backward")],
+    "gradient": [(StepParts, "compute_gradient")],
+    "forward": [(Precision, "autocast")],
+    "backward": [(torch.amp.GradScaler, "scale")],
     "all-reduce": [(NodeAverage, "average"), (Shards, "sum")],
-    "update": [(Precision, "update")],
+    "update": [(torch.amp.GradScaler, "unscale_")],
     "record": [(TrainMeter, "reduce")],
     "evaluation": [(EvaluationMeter, "add")],
     "save": [(Trainer, "save")],

@@ -41,6 +41,15 @@ from train.build import build_checkpoints
 GRACE = 30.0
 """Seconds: what torchrun leaves a rank that it asks to end."""
 HANG_TIMEOUT = 10
+PHASES = {
+    "step": "the training loop",
+    "forward": "the forward pass",
+    "backward": "the backward pass",
+    "update": "the update of the weights",
+    "evaluation": "the evaluation",
+}
+"""What is said of a rank that sleeps there."""
+CONSEQUENCES = ("ended because another rank did", "Connection closed by peer", "Timed out waiting")
 
 
 class NoMoreFaults(Exception):
@@ -140,7 +149,7 @@ def kill_in_save(context: Context, folder: Path, rng: random.Random) -> list[str
 def kill_launcher(context: Context, folder: Path, rng: random.Random) -> list[str]:
     """kill -9 of torchrun."""
     world_size = rng.choice((2, 3))
-    settings = ("train.epochs=40", "data.placement=workers", "data.workers=1")
+    settings = ("train.epochs=20", "data.placement=workers", "data.workers=1")
     tracking = ("tracking.enabled=true", f"tracking.uri=sqlite:///{folder}/mlflow.db", "tracking.system_every=1")
     with subprocess.Popen(
         torchrun_command(folder, world_size, *settings, *tracking),
@@ -175,10 +184,13 @@ def wait_for_step(folder: Path, launcher: subprocess.Popen[bytes], step: int) ->
 
 def stop_by_signal(context: Context, folder: Path, rng: random.Random) -> list[str]:
     """A signal in training, evaluation or save: nothing is trained twice, and the state is right."""
+    settings = ("train.log_every=1",)
     world_size, name = rng.choice((1, 2, 3)), rng.choice(("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"))
     places = ("step", "backward", "update", "evaluation", "save")
     torchrun = rng.random() < 0.2
-    fault, end = strike(folder, world_size, draw=lambda: random_fault(rng, name, world_size, places), torchrun=torchrun)
+    fault, end = strike(
+        folder, world_size, *settings, draw=lambda: random_fault(rng, name, world_size, places), torchrun=torchrun
+    )
     problems = [f"{fault}: {end.failure}"] if end.failure else []
     if end.seconds > GRACE + 15 * torchrun:  # which has to start
         problems.append(f"{fault}: took {end.seconds:.0f} s")
@@ -186,10 +198,10 @@ def stop_by_signal(context: Context, folder: Path, rng: random.Random) -> list[s
     if now.get("state") not in ("preempted", "finished"):
         problems.append(f"{fault}: state {now.get('state')}")
     last = max((step for key, step, _ in _points(folder) if key.startswith("train/")), default=0)
-    if last > now.get("global_step", 0):
-        problems.append(f"{fault}: recorded step {last}, saved step {now.get('global_step')}")
-    problems += train_to_the_end(folder, world_size)
-    return problems or differences(folder, context.reference(world_size))
+    if last != now.get("global_step", 0):  # every step is recorded
+        problems.append(f"{fault}: trained up to step {last}, saved step {now.get('global_step')}")
+    problems += train_to_the_end(folder, world_size, *settings)
+    return problems or differences(folder, context.reference(world_size, *settings))
 
 
 def _points(folder: Path) -> list[tuple[str, int, float]]:
@@ -272,12 +284,12 @@ def compute_nan(context: Context, folder: Path, rng: random.Random) -> list[str]
     """NaN on one rank: every rank skips the step, and the training goes on."""
     world_size, at = rng.choice((2, 3)), rng.randrange(26)  # each rank has 26 forward passes at least
     settings = ("train.reproducible=true",) if rng.random() < 0.5 else ()
-    end = train_forked(folder, world_size, *settings, fault=Fault("nan", "forward", at, (rng.randrange(world_size),)))
+    end = train_forked(folder, world_size, *settings, fault=Fault("nan", "gradient", at, (rng.randrange(world_size),)))
     if end.failure:
-        return [f"NaN at forward pass {at}: {end.failure}"]
+        return [f"NaN in gradient {at}: {end.failure}"]
     skipped = [value for key, _, value in _points(folder) if key == "train/skipped_steps"]
     if skipped[-1:] != [1.0]:
-        return [f"NaN at forward pass {at}: {skipped} steps skipped"]
+        return [f"NaN in gradient {at}: {skipped} steps skipped"]
     weights = torch.load(folder / "run" / "model" / "final.pt", weights_only=True)
     problems = [] if all(value.isfinite().all() for value in weights.values()) else ["weights are not finite"]
     return problems + ([] if set(end.weights) == {digest_of(weights)} else ["ranks have other weights than rank 0"])
@@ -297,21 +309,24 @@ def sleep_on_one_rank(context: Context, folder: Path, rng: random.Random) -> lis
 
 def _fail_one_rank(folder: Path, rng: random.Random, what: str, limit: float) -> list[str]:
     """All are gone within `limit` seconds (besides the start), and the first cause is what is read first."""
-    rank = rng.randrange(3)
-    where = rng.choice(("step", "forward", "backward", "all-reduce", "evaluation"))
+    rank, backend, where = rng.randrange(3), rng.choice(("auto", "gloo")), rng.choice(sorted(PHASES))
     fault = Fault(what, where, rng.randrange(10) if where != "evaluation" else 0, (rank,))
-    end = train_under_torchrun(folder, 3, f"train.hang_timeout={HANG_TIMEOUT}", fault=fault)
+    settings = (f"train.hang_timeout={HANG_TIMEOUT}", f"train.backend={backend}")
+    end = train_under_torchrun(folder, 3, *settings, fault=fault)
     problems = [f"{fault}: ended as if nothing had been"] if end.failure is None else []
     if end.seconds > limit + 15:
         problems.append(f"{fault}: took {end.seconds:.0f} s")
     signs = {
         "raise": "ArithmeticError: the fault",
         "exit": "(exitcode: 3)",
-        "sleep": f"rank {rank} stood still",
+        "sleep": f"in {PHASES[where]} (train.hang_timeout)",
     }
-    sign = signs[what]
-    if sign not in end.output:
-        problems.append(f"{fault}: {sign!r} is not said\n{end.output[-3000:]}")
+    before, sign, _ = end.output.partition(signs[what])
+    first = [consequence for consequence in CONSEQUENCES if consequence in before]
+    if not sign:
+        problems.append(f"{fault}, {backend}: {signs[what]!r} is not said\n{end.output[:3000]}")
+    elif first or (what == "sleep" and before.count("stood still") != before.count(f"rank {rank} stood still")):
+        problems.append(f"{fault}, {backend}: something else is said first\n{before[:3000]}")
     return problems
 
 

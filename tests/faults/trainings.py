@@ -84,14 +84,18 @@ def _train(rank: Rank, settings: tuple[str, ...], fault: Fault | None) -> str:
         return outcome
 
     Trainer.fit = fit_and_show  # type: ignore[method-assign]
-    ballot.VOTE_EVERY = 0.0  # steps are so short that the training would be over before it is asked
     if fault is not None:
         inject(fault, rank.rank)
+    train_as_rank(rank, settings)
+    return digest_of(weights[-1]) if weights else ""
+
+
+def train_as_rank(rank: Rank, settings: tuple[str, ...]) -> None:
+    ballot.VOTE_EVERY = 0.0  # steps are so short that the training would be over before it is asked
     launch = Launch(rank.rank, rank.local_rank, rank.world_size, rank.local_world_size)
     with listen_for_stop() as stop:
         session = train(config_of(*settings), CommandLine(DEFAULT, settings, False), launch, rank, stop, StartupTimer())
     session.close()
-    return digest_of(weights[-1]) if weights else ""
 
 
 def torchrun_command(folder: Path, world_size: int, *settings: str) -> list[str]:

@@ -11,9 +11,10 @@ from torch import nn
 from pipeline.communication.shards import open_shards
 from pipeline.config import ConfigError
 from pipeline.distributed import Launch, Rank
+from tests.faults.trainings import state
 from tests.ranks import run_ranks
 from tests.train.helpers import config_of
-from tests.train.test_resume import assert_same_run, run, status
+from tests.train.test_resume import assert_same_run, run
 from train import contradictions
 from train.shard_step import ShardStep
 
@@ -50,7 +51,7 @@ def test_stopped_and_resumed_on_other_numbers_of_ranks_it_ends_with_the_same_bit
 ) -> None:
     for world_size, at_step in stops:
         run(tmp_path, *REPRODUCIBLE, world_size=world_size, at_step=at_step, to=(0,), step=ShardStep)
-        assert status(tmp_path)["state"] == "preempted"
+        assert state(tmp_path)["state"] == "preempted"
     run(tmp_path, *REPRODUCIBLE, world_size=2)
     assert_same_run(tmp_path, alone)
 

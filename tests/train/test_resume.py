@@ -12,29 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import CommandLine
 from pipeline.data.loading import Batch
-from pipeline.distributed import Launch, Rank
-from pipeline.preemption import listen_for_stop
-from pipeline.timing import StartupTimer
-from tests.ranks import RankFailed, run_ranks
-from tests.train.helpers import DEFAULT, config_of
-from train import ballot
-from train.main import train
-from train.step import EagerStep, Step
+from pipeline.distributed import Rank
+from tests.faults.trainings import history, settings_of, state, train_as_rank
 
-SMALL = (
-    "data.dataset=synthetic",
-    "data.image_size=12",
-    "data.synthetic_train_size=203",
-    "data.synthetic_eval_size=50",
-    "data.global_batch_size=16",  # 13 steps an epoch, the last of 11 samples
-    "train.epochs=2",
-    "train.log_every=4",
-    "optim.name=adam",
-    "optim.lr=0.01",
-    "tracking.enabled=false",
-)
+from tests.ranks import RankFailed, run_ranks
+from train.step import EagerStep, Step
 
 
 def run(
@@ -47,7 +30,9 @@ def run(
     step: type = EagerStep,
 ) -> None:
     """Train in `folder`/run; before `at_step`, executed by `step`, the ranks `to` send themselves a signal."""
-    run_ranks(world_size, _train, (*SMALL, f"run.dir={folder}", "run.name=run", *settings), at_step, send, to, step)
+    run_ranks(
+        world_size, _train, settings_of(folder, "checkpoint.every_steps=null", *settings), at_step, send, to, step
+    )
 
 
 def _train(
@@ -55,11 +40,7 @@ def _train(
 ) -> None:
     if at_step is not None and rank.rank in to:
         step.__call__ = _with_signal(step.__call__, at_step, send)
-    ballot.VOTE_EVERY = 0.0  # at each step
-    launch = Launch(rank.rank, rank.local_rank, rank.world_size, rank.local_world_size)
-    with listen_for_stop() as stop:
-        session = train(config_of(*settings), CommandLine(DEFAULT, settings, False), launch, rank, stop, StartupTimer())
-    session.close()
+    train_as_rank(rank, settings)
 
 
 def _with_signal(step: Callable[..., torch.Tensor], at_step: int, send: signal.Signals) -> Any:
@@ -76,18 +57,6 @@ def weights(folder: Path, name: str = "final.pt") -> dict[str, torch.Tensor]:
     return loaded
 
 
-def history(folder: Path) -> list[tuple[str, int, float]]:
-    """All train/* and eval/* points in the order in which they were recorded."""
-    records = [json.loads(line) for line in (folder / "run" / "journal.jsonl").read_text().splitlines()]
-    points = [(r["key"], r["step"], r["value"]) for r in records if r["kind"] == "metric"]
-    return [point for point in points if point[0].startswith(("train/", "eval/"))]
-
-
-def status(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((folder / "run" / "status.json").read_text())
-    return loaded
-
-
 def content(folder: Path) -> dict[Path, bytes]:
     """All files of the run but its lock, which names the last process that held it."""
     files = (path for path in (folder / "run").rglob("*") if path.is_file())
@@ -100,7 +69,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert history(folder) == history(reference)
-    assert status(folder)["state"] == "finished"
+    assert state(folder)["state"] == "finished"
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +92,7 @@ def test_a_training_asked_to_stop_and_run_again_ends_with_the_same_bits_and_hist
     for at_step in stops:
         run(tmp_path, at_step=at_step)
         if at_step < 25:
-            assert status(tmp_path)["state"] == "preempted"
+            assert state(tmp_path)["state"] == "preempted"
             assert not (tmp_path / "run" / "model" / "final.pt").exists()
     run(tmp_path)
     assert_same_run(tmp_path, uninterrupted)
@@ -189,8 +158,8 @@ def test_a_finished_run_is_left_as_it_is_and_goes_on_when_epochs_grew(tmp_path: 
     run(tmp_path)
     assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
     run(tmp_path, "train.epochs=3")
-    assert status(tmp_path)["epoch"] == 3
-    assert status(tmp_path)["state"] == "finished"
+    assert state(tmp_path)["epoch"] == 3
+    assert state(tmp_path)["state"] == "finished"
     assert [step for key, step, _ in history(tmp_path) if key == "eval/accuracy"] == [13, 26, 39]
 
 

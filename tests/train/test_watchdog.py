@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,13 +10,16 @@ import textwrap
 import time
 from pathlib import Path
 
+import torch
+
+from pipeline.distributed import Rank
 from pipeline.preemption import StopRequest
-from train.watchdog import Launcher, StopFiles
+from train.watchdog import PHASES, Launcher, StopFiles, Watchdog
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_watched(body: str, timeout: float = 0.5) -> subprocess.CompletedProcess[str]:
+def run_watched(body: str, timeout: float = 0.5, *, in_backward: bool = False) -> subprocess.CompletedProcess[str]:
     """A process with a watchdog that looks every 50 ms, and `body` for its training."""
     program = f"""
     import sys, time
@@ -28,7 +32,7 @@ def run_watched(body: str, timeout: float = 0.5) -> subprocess.CompletedProcess[
     watchdog.LOOK_EVERY = 0.05
     rank, pulse = Rank(3, 3, 4, 4, torch.device("cpu"), "gloo", 1), Pulse()
     fail = lambda cause: print("recorded:", cause, flush=True)
-    dog = watchdog.Watchdog(rank, lambda: pulse.num_beats, {timeout}, fail)
+    dog = watchdog.Watchdog(rank, lambda: pulse.num_beats, {timeout}, fail, waits_in_backward={in_backward})
     with watchdog.watching(dog.look):
     {textwrap.indent(textwrap.dedent(body), "        ")}
     print("ended by itself")
@@ -61,6 +65,13 @@ def test_one_that_stands_still_is_ended_with_its_phase_and_its_stack() -> None:
     assert "ended by itself" not in done.stdout
 
 
+def test_every_phase_is_told_from_the_others() -> None:
+    """A decorator's code is that of all functions that it is on."""
+    dog = Watchdog(Rank(0, 0, 1, 1, torch.device("cpu"), "none", 1), lambda: 0, 1.0, lambda error: None)
+    assert len(dog._phases) == len(PHASES)
+    assert all(inspect.unwrap(function).__code__.co_name == function.__name__ for function in PHASES)
+
+
 def test_one_that_waits_for_others_lets_them_speak_first() -> None:
     body = """
     from pipeline.distributed import PendingSum
@@ -69,6 +80,20 @@ def test_one_that_waits_for_others_lets_them_speak_first() -> None:
     PendingSum(torch.zeros(1), Late(), waits_on_device=False).values()
     """
     assert run_watched(body).stdout == "ended by itself\n"
+
+
+def test_one_that_waits_for_others_within_backward_does_so_too() -> None:
+    body = """
+    class Late(torch.autograd.Function):
+        forward = staticmethod(lambda context, x: x.clone())
+        @staticmethod
+        def backward(context, gradient):
+            time.sleep(1.5)
+            return gradient
+    Precision("fp32", torch.device("cpu")).backward(Late.apply(torch.ones(1, requires_grad=True)))
+    """
+    assert "ended by itself" in run_watched(body, in_backward=True).stdout
+    assert "in the backward pass" in run_watched(body).stdout
 
 
 def test_one_whose_last_words_stand_still_too_is_ended_all_the_same() -> None:
