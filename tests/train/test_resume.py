@@ -15,7 +15,6 @@ import torch
 from pipeline.data.loading import Batch
 from pipeline.distributed import Rank
 from tests.faults.trainings import history, settings_of, state, train_as_rank
-
 from tests.ranks import RankFailed, run_ranks
 from train.step import EagerStep, Step
 
