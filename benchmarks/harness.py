@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -223,7 +224,8 @@ def describe_machine() -> dict[str, Any]:
 
 def format_machine(machine: Mapping[str, Any]) -> str:
     """One line."""
-    gpus = ", ".join(machine["gpus"]) or "no GPU"
+    counts = Counter(machine["gpus"])
+    gpus = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items()) or "no GPU"
     versions = f"torch {machine['torch']}, Python {machine['python']}, commit {machine['commit']}"
     return f"{machine['cores']} cores of {machine['cpu']}, {gpus}; {versions}; {machine['date']}"
 

@@ -67,10 +67,12 @@ def fit_ring(timings: Sequence[Timing]) -> Ring:
     return Ring(latency, 1 / seconds_per_byte)
 
 
-def why_no_prediction(device: str, num_devices: int) -> str | None:
+def why_no_prediction(device: str, num_devices: int, num_nodes: int) -> str | None:
     """None if there is one to be made."""
     if device != "cuda":
         return "No prediction for more ranks: what CPU ranks of one machine exchange says nothing of GPUs or networks."
+    if num_nodes > 1:
+        return "No prediction for more ranks: it needs links that are all alike, and those between nodes are others."
     if num_devices < MIN_DEVICES:
         return "No prediction for more ranks: there is a single GPU here, whose communication cannot be measured."
     return None

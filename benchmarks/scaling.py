@@ -1,7 +1,8 @@
 """How Convoy's speed grows with the ranks, and where the time of a step goes.
 
 weak: as many samples per rank on any number of ranks. strong: the same global batch on any number.
-The runs follow one another round by round; the first record of each is not counted.
+The runs follow one another round by round; the first record of each is not counted. On the nodes of a Slurm job it is
+slurm/scaling.sbatch that starts this.
 
     python benchmarks/scaling.py --ranks 1 2 4 --rounds 3
     python benchmarks/scaling.py --modes weak --batch 2048
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
+import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -25,17 +27,14 @@ import torch
 
 from benchmarks.harness import (
     RESULTS,
+    ROOT,
     BenchmarkError,
     alternate,
-    clean_environment,
-    describe_machine,
-    format_machine,
     num_cores,
     parse_result,
-    run_command,
-    torchrun,
     write_results,
 )
+from benchmarks.launching import Launcher, SlurmNodes, ThisMachine
 from benchmarks.prediction import ASSUMPTION, Timing, fit_ring, tabulate_prediction, why_no_prediction
 from benchmarks.programs.convoy import convoy_settings
 from benchmarks.programs.same_training import Training
@@ -56,10 +55,12 @@ class Options:
     rounds: int
     timeout: float
     out: Path
+    launcher: Launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = read_options(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # of scancel: ends the ranks, tidies up
     try:
         write_report(options, compare(options))
     except BenchmarkError as error:
@@ -72,6 +73,8 @@ def read_options(argv: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ranks", type=int, nargs="+", help="1 among them (CPU: 1 2 4; GPUs: powers of 2, up to all)")
+    add("--ranks-per-node", type=int, help="in a Slurm job: --ranks are multiples of it (1, 2, 4, ... and all nodes)")
+    add("--container", default="", help="with --ranks-per-node: what stands before a command of the environment")
     add("--modes", nargs="+", choices=MODES, default=MODES)
     add("--rounds", type=int, default=3)
     add("--batch", type=int, help="samples per rank and step of weak scaling (CPU 32, GPU 2048)")
@@ -83,20 +86,32 @@ def read_options(argv: Sequence[str] | None) -> Options:
     add("--out", type=Path, default=RESULTS / "scaling", help="results are written to OUT.json, OUT.md and OUT.png")
     given = parser.parse_args(argv)
     try:
-        cases = tuple(list_cases(given, torch.cuda.device_count()))
+        launcher = choose_launcher(given)
+        cases = tuple(list_cases(given, launcher))
     except ValueError as error:
         parser.error(str(error))
-    return Options(cases, given.device, given.rounds, given.timeout, given.out)
+    return Options(cases, given.device, given.rounds, given.timeout, given.out, launcher)
 
 
-def list_cases(given: argparse.Namespace, num_devices: int) -> Iterable[Case]:
+def choose_launcher(given: argparse.Namespace) -> Launcher:
+    """Raises ValueError for nodes that this process has not been granted."""
+    num_gpus = torch.cuda.device_count() if given.device == "cuda" else None
+    if given.ranks_per_node is None:
+        return ThisMachine(num_gpus)
+    scratch = given.out.parent.resolve()
+    scratch.mkdir(parents=True, exist_ok=True)
+    container = shlex.split(given.container)
+    return SlurmNodes.of_this_job(given.ranks_per_node, num_gpus=num_gpus, container=container, scratch=scratch)
+
+
+def list_cases(given: argparse.Namespace, launcher: Launcher) -> Iterable[Case]:
     """Raises ValueError for what does not fit together."""
-    known = [2**power for power in range(10) if 2**power <= num_devices] if given.device == "cuda" else [1, 2, 4]
-    ranks = sorted(set(given.ranks or known))
-    if 1 not in ranks:
-        raise ValueError(f"--ranks {ranks}: 1 has to be among them, against which the others are measured")
-    if given.device == "cuda" and ranks[-1] > num_devices:
-        raise ValueError(f"--ranks {ranks[-1]}: torch sees {num_devices} GPU(s) here")
+    ranks = sorted(set(given.ranks or launcher.default_ranks()))
+    if launcher.fewest_ranks not in ranks:
+        raise ValueError(
+            f"--ranks {ranks}: {launcher.fewest_ranks} has to be among them, against which the others are measured"
+        )
+    launcher.check(ranks)
     batch, steps, epochs = (getattr(given, key) or value for key, value in DEFAULTS[given.device].items())
     global_batch = given.global_batch or batch * ranks[-1]
     if "strong" in given.modes and any(global_batch % number for number in ranks):
@@ -131,19 +146,18 @@ def compare(options: Options) -> dict[Case, list[Run]]:
 
 
 def run_case(case: Case, options: Options) -> Run:
-    with tempfile.TemporaryDirectory(prefix="convoy-scaling-") as folder:
+    with tempfile.TemporaryDirectory(prefix="convoy-scaling-", dir=options.launcher.scratch) as folder:
         settings = [*convoy_settings(case.training, case.ranks), f"run.dir={folder}", "run.name=scaling"]
         if options.device == "cpu":
             settings.append("train.threads=1")  # or a single rank would compute on all cores
-        command = torchrun(["train/main.py", *settings], case.ranks)
-        run_command(command, environment=clean_environment(os.environ), timeout=options.timeout)
+        options.launcher.run([str(ROOT / "train" / "main.py"), *settings], case.ranks, options.timeout)
         records, _ = read_journal(Path(folder) / "scaling" / "journal.jsonl")
     return read_run(records, case.global_batch)
 
 
 def predict(options: Options, runs: Runs) -> str:
     """A table for more ranks from measured terms, or why there is none."""
-    reason = why_no_prediction(options.device, torch.cuda.device_count())
+    reason = why_no_prediction(options.device, torch.cuda.device_count(), options.launcher.num_nodes)
     weak = {case.ranks: of for case, of in runs.items() if case.mode == "weak"}
     if reason is None and len(weak) < 2:
         reason = "No prediction for more ranks: weak scaling was not measured on several."
@@ -168,8 +182,8 @@ def predict(options: Options, runs: Runs) -> str:
 
 
 def time_all_reduces(ranks: int, options: Options) -> list[Timing]:
-    command = torchrun(["-m", "benchmarks.programs.all_reduce", f"--device={options.device}"], ranks)
-    done = run_command(command, environment=clean_environment(os.environ), timeout=options.timeout)
+    arguments = ["-m", "benchmarks.programs.all_reduce", f"--device={options.device}"]
+    done = options.launcher.run(arguments, ranks, options.timeout)
     result = parse_result(done.output)
     return [Timing(ranks, size, of) for size, of in zip(result["bytes"], result["seconds"], strict=True)]
 
@@ -181,28 +195,32 @@ def gradient_bytes(training: Training, gradients: str) -> int:
 
 
 def describe(options: Options) -> str:
-    cores = num_cores()
-    lines = [
+    text = (
         f"Convoy on synthetic images 28x28: median (lowest to highest) of {options.rounds} interleaved rounds, without "
-        "the first record of each run. Efficiency is the speed over that of one rank times the ranks, round by round.",
-    ]
-    if options.device == "cpu":
-        lines.append(
-            f"There are {cores} cores here, and each rank has one thread. Where more ranks share them, they cannot be "
-            f"faster than {cores} together: an efficiency of {cores} / ranks at best."
-        )
-    else:
-        lines.append("The split is of sampled steps; in a CUDA graph, communication is part of the computing.")
-    return " ".join(lines)
+        f"the first record of each run. Efficiency is the speed per rank over that on {options.launcher.reference}, "
+        "round by round."
+    )
+    if options.device != "cpu":
+        return f"{text} The split is of sampled steps; in a CUDA graph, communication is part of the computing."
+    if options.launcher.ranks_per_node is not None:
+        return f"{text} Each rank has one thread."
+    cores = num_cores()
+    return (
+        f"{text} There are {cores} cores here, and each rank has one thread. Where more ranks share them, they cannot "
+        f"be faster than {cores} together: an efficiency of {cores} / ranks at best."
+    )
 
 
 def write_report(options: Options, runs: Runs) -> None:
     """Print it, and store it with its figure."""
-    machine = describe_machine()
-    cores = num_cores() if options.device == "cpu" else None
+    launcher = options.launcher
+    machine = launcher.describe_machine()
+    title = launcher.format_machine(machine)
+    # On several nodes the ranks of each share its cores alike, and so do those that they are measured against.
+    cores = num_cores() if options.device == "cpu" and launcher.ranks_per_node is None else None
     modes = list(dict.fromkeys(case.mode for case in runs))
-    parts = [describe(options), format_machine(machine)]
-    parts += [f"## {mode.capitalize()} scaling\n\n{tabulate(mode, runs, cores=cores)}" for mode in modes]
+    tables = {mode: tabulate(mode, runs, cores=cores, ranks_per_node=launcher.ranks_per_node) for mode in modes}
+    parts = [describe(options), title, *(f"## {mode.capitalize()} scaling\n\n{of}" for mode, of in tables.items())]
     markdown = "\n\n".join([*parts, predict(options, runs)])
     rows = [{**asdict(case), "global_batch": case.global_batch, "runs": list(of)} for case, of in runs.items()]
     for row in rows:
@@ -213,7 +231,8 @@ def write_report(options: Options, runs: Runs) -> None:
         print("no figure: matplotlib is not installed")
         return
     place = options.out.with_name(options.out.name + ".png")
-    draw_scaling(find_efficiencies(runs), find_splits(runs), place, subtitle=format_machine(machine), cores=cores)
+    efficiencies, splits = find_efficiencies(runs), find_splits(runs)
+    draw_scaling(efficiencies, splits, place, subtitle=title, reference=launcher.reference, cores=cores)
     print(f"figure: {place}")
 
 

@@ -5,6 +5,7 @@ Drawn with matplotlib's object interface; colours are Okabe and Ito's, told apar
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ MODE_STYLES = {"weak": ("#0072B2", "o", ""), "strong": ("#D55E00", "s", "//")}
 PART_COLOURS = {"data": "#56B4E9", "compute": "#009E73", "communication": "#E69F00", "other": "#999999"}
 GREY = "#666666"
 BAR_WIDTH = 0.38
+LINE_CHARACTERS = 150
+"""Of the subtitle: what the figure is wide enough for."""
 
 Efficiencies = Mapping[str, Mapping[int, Spread]]
 """By mode and ranks; shares."""
@@ -26,23 +29,27 @@ Splits = Mapping[str, Mapping[int, Mapping[str, float]]]
 """Milliseconds per step, by mode, ranks and part."""
 
 
-def draw_scaling(efficiencies: Efficiencies, splits: Splits, path: Path, *, subtitle: str, cores: int | None) -> Path:
-    """`cores` bound what CPU ranks can reach; None for GPUs. Needs matplotlib."""
+def draw_scaling(
+    efficiencies: Efficiencies, splits: Splits, path: Path, *, subtitle: str, reference: str, cores: int | None
+) -> Path:
+    """`cores` bound what CPU ranks can reach; None for GPUs and several nodes. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     ranks = sorted({number for of in efficiencies.values() for number in of})
-    draw_efficiencies(left, efficiencies, ranks, cores)
+    draw_efficiencies(left, efficiencies, ranks, reference, cores)
     draw_splits(right, splits, ranks)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(subtitle, fontsize=9, color=GREY)
+    figure.suptitle(textwrap.fill(subtitle, LINE_CHARACTERS), fontsize=9, color=GREY)
     figure.savefig(path, dpi=150)
     return path
 
 
-def draw_efficiencies(axes: Axes, efficiencies: Efficiencies, ranks: Sequence[int], cores: int | None) -> None:
+def draw_efficiencies(
+    axes: Axes, efficiencies: Efficiencies, ranks: Sequence[int], reference: str, cores: int | None
+) -> None:
     axes.axhline(100, color=GREY, linestyle="--", linewidth=1, label="ideal")
     if cores is not None and ranks[-1] > cores:
         limit = [100 * min(1.0, cores / number) for number in ranks]
@@ -60,7 +67,7 @@ def draw_efficiencies(axes: Axes, efficiencies: Efficiencies, ranks: Sequence[in
     axes.set_xticks(ranks, [str(number) for number in ranks])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.set(title="Efficiency against one rank", xlabel="ranks", ylabel="images/s per rank, % of one rank's")
+    axes.set(title=f"Efficiency against {reference}", xlabel="ranks", ylabel=f"images/s per rank, % of {reference}")
     axes.legend(frameon=False, fontsize=9, loc="lower left")
 
 

@@ -71,11 +71,12 @@ def rates(runs: Sequence[Run]) -> list[float]:
 
 
 def find_efficiencies(runs: Runs) -> dict[str, dict[int, Spread]]:
-    """By mode and ranks: the speed over that of one rank times the ranks, round by round."""
-    alone = {case.mode: rates(of) for case, of in runs.items() if case.ranks == 1}
+    """By mode and ranks: the speed per rank over that of the fewest ranks, round by round."""
+    fewest = min(case.ranks for case in runs)
+    references = {case.mode: rates(of) for case, of in runs.items() if case.ranks == fewest}
     found: dict[str, dict[int, Spread]] = {}
     for case, of in runs.items():
-        linear = [case.ranks * rate for rate in alone[case.mode]]
+        linear = [case.ranks / fewest * rate for rate in references[case.mode]]
         found.setdefault(case.mode, {})[case.ranks] = Spread.of(pairwise_ratios(rates(of), linear))
     return found
 
@@ -89,19 +90,17 @@ def find_splits(runs: Runs) -> dict[str, dict[int, dict[str, float]]]:
     return found
 
 
-def tabulate(mode: str, runs: Runs, *, cores: int | None) -> str:
-    """`cores` are those that CPU ranks have; None for GPUs."""
+def tabulate(mode: str, runs: Runs, *, cores: int | None, ranks_per_node: int | None = None) -> str:
+    """`cores` are those of CPU ranks that may come to share them, else None; ranks per node: None on this machine."""
     efficiencies, splits = find_efficiencies(runs)[mode], find_splits(runs)[mode]
     rows = []
     for case, of in runs.items():
         if case.mode != mode:
             continue
-        sharing = cores is not None and case.ranks > cores
-        name = f"{case.ranks} (sharing {cores} cores)" if sharing else str(case.ranks)
         parts = [f"{value:.2f}" for value in splits[case.ranks].values()]
         rows.append(
             [
-                name,
+                name_ranks(case.ranks, cores, ranks_per_node),
                 f"{case.global_batch:,}",
                 Spread.of(rates(of)).format(),
                 efficiencies[case.ranks].format(".0%"),
@@ -109,3 +108,9 @@ def tabulate(mode: str, runs: Runs, *, cores: int | None) -> str:
             ]
         )
     return markdown_table(["ranks", "global batch", "images/s", "efficiency", *(f"{p}, ms" for p in PARTS)], rows)
+
+
+def name_ranks(ranks: int, cores: int | None, ranks_per_node: int | None) -> str:
+    if ranks_per_node is not None:
+        return f"{ranks} on {ranks // ranks_per_node} node{'s' if ranks > ranks_per_node else ''}"
+    return f"{ranks} (sharing {cores} cores)" if cores is not None and ranks > cores else str(ranks)

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pipeline.commands import publish, report, sample, sync
+from pipeline.commands import prepare, publish, report, sample, sweep, sync
 
-COMMANDS = {"sync": sync, "report": report}
+COMMANDS = {"prepare": prepare, "sync": sync, "report": report, "sweep": sweep}
 PROCESSES = {"publish": publish, "sample": sample}
 """What a training starts beside itself, and people need not see."""
 

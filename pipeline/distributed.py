@@ -46,14 +46,24 @@ class Launch:
     launcher_pid: int | None = None
     """Of torchrun; None without it."""
     max_restarts: int = 0
+    num_cores: int | None = None
+    """Of this node, granted by Slurm, which need not keep processes from using all."""
+    is_requeued: bool = False
+    """Whether Slurm has started the job before."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
-        """Without RANK it is a world of one. Raises ValueError if RANK is set, but not all that belongs to it."""
+        """Without RANK it is a world of one.
+
+        Raises ValueError if RANK is set, but not all that belongs to it, and for processes that do not know each other.
+        """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         missing = [name for name in names if name not in environment]
+        num_cores = int(environment.get("SLURM_CPUS_ON_NODE", "0")) or None
+        is_requeued = int(environment.get("SLURM_RESTART_COUNT", "0")) > 0
         if len(missing) == len(names) or (missing and "RANK" not in environment):
-            return cls()
+            _check_world(1, environment)
+            return cls(num_cores=num_cores, is_requeued=is_requeued)
         if missing or not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
             raise ValueError(
                 f"RANK is set, but not {', '.join(missing) or 'MASTER_ADDR and MASTER_PORT'}: start with torchrun, "
@@ -63,14 +73,28 @@ class Launch:
         if run_id == "none":  # torchrun's default: then the agent, which outlives its workers, stands for the job
             run_id = f"{socket.gethostname()}-{os.getppid()}-{_start_ticks(os.getppid())}"
         rank, local_rank, world_size, local_world_size = (int(environment[name]) for name in names)
-        restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        launcher_pid = None if run_id is None else os.getppid()
-        max_restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-        return cls(rank, local_rank, world_size, local_world_size, run_id, restarts > 0, launcher_pid, max_restarts)
+        _check_world(world_size, environment)
+        return cls(
+            rank,
+            local_rank,
+            world_size,
+            local_world_size,
+            run_id,
+            is_restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+            launcher_pid=None if run_id is None else os.getppid(),
+            max_restarts=int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")),
+            num_cores=num_cores,
+            is_requeued=is_requeued,
+        )
 
     @property
     def launcher_is_gone(self) -> bool:
         return self.launcher_pid is not None and os.getppid() != self.launcher_pid
+
+    @property
+    def may_be_early(self) -> bool:
+        """Whether ranks of an earlier attempt may still be there, on a node that nobody reaches."""
+        return self.is_restart or self.is_requeued
 
     @property
     def is_replaceable(self) -> bool:
@@ -220,11 +244,12 @@ def choose_device(launch: Launch, device: str, backend: str) -> torch.device:
 
 
 def choose_threads(launch: Launch, threads: int | None) -> int:
-    """Threads of this rank on CPU: the cores this process may use, divided among the ranks of the node.
+    """Threads of this rank on CPU: the cores it may use and was granted, divided among the ranks of the node.
 
     torchrun would set OMP_NUM_THREADS=1, which leaves most cores of a node idle.
     """
-    return threads or max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
+    usable = len(os.sched_getaffinity(0))
+    return threads or max(1, min(usable, launch.num_cores or usable) // launch.local_world_size)
 
 
 def keep_freed_memory() -> None:
@@ -359,6 +384,22 @@ def _read(store: Store, key: str) -> str:
 def share(count: int, index: int, parts: int) -> slice:
     """The `index`-th of `parts` contiguous shares of `count` things; sizes differ by one at most."""
     return slice(count * index // parts, count * (index + 1) // parts)
+
+
+def _check_world(world_size: int, environment: Mapping[str, str]) -> None:
+    """Against what a batch script was granted; a world too small would train in all nodes apart."""
+    granted = int(environment.get("CONVOY_WORLD_SIZE", world_size))
+    if world_size != granted:
+        raise ValueError(
+            f"{world_size} rank(s) found each other where {granted} were to be started (CONVOY_WORLD_SIZE): do the "
+            "nodes reach the one that is named at the start of the log?"
+        )
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "RANK" not in environment:
+        raise ValueError(
+            f"srun started {tasks} processes that do not know each other: start torchrun once on each node, as "
+            "slurm/train.sbatch does"
+        )
 
 
 def _start_ticks(pid: int) -> str:

@@ -104,11 +104,15 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def training_lock(folder: RunFolder) -> Iterator[None]:
+def training_lock(folder: RunFolder, *, patience: float = 0.0) -> Iterator[None]:
     """Held while a training writes in the folder. Raises RunError that names the holder if there is one.
 
-    A POSIX lock, which forked DataLoader workers do not inherit: it is gone with the training itself.
+    Waits `patience` seconds for a holder to leave. A POSIX lock, which forked DataLoader workers do not inherit: it is
+    gone with the training itself.
     """
+    deadline = time.monotonic() + patience
+    while is_being_trained(folder) and time.monotonic() < deadline:
+        time.sleep(0.5)
     with _lock_path(folder).open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -68,6 +68,37 @@ def test_without_rank_it_is_a_world_of_one(environment: dict[str, str]) -> None:
     assert Launch.from_environment(environment) == Launch()
 
 
+@pytest.mark.parametrize("world", ["8", "1"])
+def test_a_world_of_another_size_than_was_granted_is_refused(world: str) -> None:
+    """Each node would train by itself."""
+    environment = TORCHRUN if world == "8" else {}
+    assert Launch.from_environment(environment | {"CONVOY_WORLD_SIZE": world}).world_size == int(world)
+    with pytest.raises(ValueError, match=f"{world} rank.s. found each other where 16 were to be started"):
+        Launch.from_environment(environment | {"CONVOY_WORLD_SIZE": "16"})
+
+
+def test_tasks_of_srun_without_torchrun_are_refused() -> None:
+    with pytest.raises(ValueError, match="srun started 4 processes that do not know each other"):
+        Launch.from_environment({"SLURM_STEP_NUM_TASKS": "4"})
+    assert Launch.from_environment({"SLURM_STEP_NUM_TASKS": "1"}) == Launch()
+    assert Launch.from_environment(TORCHRUN | {"SLURM_STEP_NUM_TASKS": "4"}).world_size == 8
+
+
+def test_threads_are_of_the_cores_that_slurm_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    for granted, threads in (({"SLURM_CPUS_ON_NODE": "16"}, 4), ({}, 16), ({"SLURM_CPUS_ON_NODE": "256"}, 16)):
+        assert choose_threads(Launch.from_environment(TORCHRUN | granted), None) == threads
+
+
+def test_only_a_restart_or_a_requeue_may_meet_an_attempt_before_it() -> None:
+    for environment, expected in (
+        ({}, False),
+        ({"SLURM_RESTART_COUNT": "1"}, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "2"}, True),
+    ):
+        assert Launch.from_environment(TORCHRUN | environment).may_be_early == expected
+
+
 @pytest.mark.parametrize(
     ("missing", "named"),
     [

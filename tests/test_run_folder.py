@@ -312,6 +312,14 @@ def test_a_folder_in_training_is_refused_and_its_holder_named_until_that_is_dead
         pass
 
 
+def test_a_training_can_wait_until_the_one_before_it_has_left(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with another_training(folder) as pid:
+        threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+        with training_lock(folder, patience=60.0):
+            assert str(os.getpid()) in (tmp_path / ".training.lock").read_text()
+
+
 def test_the_lock_names_its_latest_holder_only(tmp_path: Path) -> None:
     (tmp_path / ".training.lock").write_text("process 1234567890 on a host with a very long name" * 3)
     with training_lock(RunFolder(tmp_path)):

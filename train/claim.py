@@ -59,7 +59,9 @@ def claim_run(config: Config, config_name: str, launch: Launch, dataset_digest: 
     folder = choose_run(config, config_name, os.environ, launch.run_id, is_restart=launch.is_restart)
     checkpoints = build_checkpoints(config, folder)
     if folder.path.exists():
-        stack.enter_context(training_lock(folder))
+        # cut off from the others, its ranks end after train.hang_timeout; the other ranks of this one wait as long
+        patience = config.train.hang_timeout if launch.may_be_early else 0.0
+        stack.enter_context(training_lock(folder, patience=patience))
     try:
         state = checkpoints.load_latest()
     except CheckpointError as error:

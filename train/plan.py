@@ -71,6 +71,8 @@ def _check_run(config: Config, launch: Launch) -> str:
     if not folder.path.exists():
         check_resumable(folder, config, has_checkpoint=False)
         return "new"
+    if is_being_trained(folder) and launch.may_be_early:
+        return "an earlier attempt is still there: will wait for its end, and go on"
     if is_being_trained(folder):
         raise RunError(
             f"run {folder.name} is being trained right now: wait for it, stop it, or choose another run.name"

@@ -19,6 +19,7 @@ from pipeline.data.datasets import Dataset
 from pipeline.distributed import Launch, Rank
 from pipeline.provenance import collect_provenance
 from pipeline.run_folder import RunError, RunFolder, changes
+from pipeline.sweep import of_folder
 from pipeline.tracking.journal import Journal, now_ms
 from pipeline.tracking.process import PublisherProcess, SamplerProcess
 from pipeline.tracking.progress import Progress
@@ -142,11 +143,13 @@ class Attempt:
         uri = without_credentials(self.uri)
         folder, experiment = self.output.folder, self.config.tracking.experiment
         params = self.config.flat() | {"tracking.uri": uri, "steps_per_epoch": steps}
+        sweep = of_folder(folder.path.parent)
         sizes = {"num_train": info.train_size, "num_eval": info.eval_size}
         journal.append_all(
             [
                 {"kind": "run", "run_id": run_id, "name": folder.name, "experiment": experiment, "tracking_uri": uri}
-                | {"command": without_credentials(command_line()), "timestamp_ms": now_ms()},
+                | {"command": without_credentials(command_line()), "timestamp_ms": now_ms()}
+                | ({"sweep": sweep} if sweep else {}),
                 {"kind": "params", "values": params},
                 {"kind": "tags", "values": tags},
                 {"kind": "dataset", "name": info.name, "digest": self.dataset.digest, "source": info.source, **sizes},

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.run_folder import RunError
+from pipeline.sweep import find_runs
 from pipeline.tracking.report.comparison import read_runs
 from pipeline.tracking.report.links import Store, find_stores
 
@@ -16,14 +17,14 @@ HELP = "write one HTML page that compares runs, from their folders alone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, nargs="+", help="run folders, e.g. runs/mnist runs/three")
+    parser.add_argument("run_dir", type=Path, nargs="+", help="run folders or sweeps, e.g. runs/mnist runs/three")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """2 if a folder is no run folder, 1 if the page cannot be written; then nothing is."""
     try:
-        runs = read_runs(arguments.run_dir)
+        runs = read_runs(find_runs(arguments.run_dir))
     except RunError as error:
         print(error, file=sys.stderr)
         return 2

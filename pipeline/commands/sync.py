@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.commands.publish import publish, start_logging
 from pipeline.credentials import without_credentials
 from pipeline.run_folder import RunFolder, is_being_trained
+from pipeline.sweep import find_all_runs, find_runs
 from pipeline.tracking.journal import iterate
 from pipeline.tracking.progress import Progress
 
@@ -20,7 +21,10 @@ COLUMNS = ("points", "params", "tags", "files", "models")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run_dir", type=Path, nargs="*", help="run folders, e.g. runs/mnist; default: all of --runs with something left"
+        "run_dir",
+        type=Path,
+        nargs="*",
+        help="run folders or sweeps, e.g. runs/mnist; default: all of --runs with something left",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where to look for run folders (runs)")
     parser.add_argument("--uri", help="MLflow server or store; default: that of the run")
@@ -29,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0: nothing is left; 1: something could not be published; 2: there is no such run."""
     start_logging()
-    named = [RunFolder(path.absolute()) for path in arguments.run_dir]
+    named = [RunFolder(path.absolute()) for path in find_runs(arguments.run_dir)]
     missing = [folder for folder in named if not folder.journal.is_file()]
     for folder in missing:
         print(f"{folder.path}: no run folder (it has no journal.jsonl)", file=sys.stderr)
@@ -38,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not named and not arguments.runs.is_dir():
         print(f"{arguments.runs}: no such folder; name run folders, or the folder of all with --runs", file=sys.stderr)
         return 2
-    folders = named or [RunFolder(path.parent.absolute()) for path in sorted(arguments.runs.glob("*/journal.jsonl"))]
+    folders = named or [RunFolder(path.absolute()) for path in find_all_runs(arguments.runs)]
     rows, exit_code = [], 0
     for folder in folders:
         try:

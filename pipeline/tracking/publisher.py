@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.credentials import without_credentials
 from pipeline.run_folder import RunFolder
+from pipeline.tracking import parents
 from pipeline.tracking.journal import KILLED, iterate, last_moment
 from pipeline.tracking.progress import Progress
 from pipeline.tracking.store import find_or_create_run, is_refusal, open_store, run_exists
@@ -142,7 +143,11 @@ class Publisher:
                 self._progress.forget()
             if not self._progress.get("mlflow_run_id"):
                 record, _ = next(iterate(self._folder.journal, kinds=("run",)))
-                run_id, experiment_id = find_or_create_run(client, self._uri, record)
+                is_element = "sweep" in record
+                name = f"{record['sweep']['name']}/{record['name']}" if is_element else record["name"]
+                run_id, experiment_id = find_or_create_run(client, self._uri, record | {"name": name})
+                if is_element:
+                    self._progress.store(parent=parents.attach(client, self._uri, self._folder, record, run_id))
                 self._progress.store(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
             self._name_run()
             self._client = client
@@ -171,6 +176,8 @@ class Publisher:
             client.update_run(self._run_id, status=MLFLOW_STATUS[state])
         else:
             client.set_terminated(self._run_id, MLFLOW_STATUS[state], end_time)
+        if parent_id := self._progress.get("parent"):
+            parents.show_state(client, self._folder, parent_id)
         self._progress.store(shown=state, described=None)
 
     def _show_death(self, client: MlflowClient, is_training_alive: Callable[[], bool]) -> bool:

@@ -153,9 +153,10 @@ def test_more_ranks_are_predicted_from_the_step_of_one() -> None:
 
 
 def test_nothing_is_predicted_from_cpu_ranks_or_a_single_gpu() -> None:
-    assert "CPU ranks" in (prediction.why_no_prediction("cpu", 8) or "")
-    assert "single GPU" in (prediction.why_no_prediction("cuda", 1) or "")
-    assert prediction.why_no_prediction("cuda", 2) is None
+    assert "CPU ranks" in (prediction.why_no_prediction("cpu", 8, 1) or "")
+    assert "single GPU" in (prediction.why_no_prediction("cuda", 1, 1) or "")
+    assert prediction.why_no_prediction("cuda", 2, 1) is None
+    assert "between nodes" in (prediction.why_no_prediction("cuda", 8, 2) or "")
     assert "CPU ranks" in scaling.predict(options_of(), runs_of({1: [1.0], 2: [2.0]}))
 
 
@@ -209,11 +210,14 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
     runs = runs_of({1: [100.0, 110.0], 2: [180.0, 190.0], 4: [200.0, 210.0]})
     efficiencies, splits = scaling_runs.find_efficiencies(runs), scaling_runs.find_splits(runs)
     left, right = Figure().subplots(1, 2)
-    scaling_figure.draw_efficiencies(left, efficiencies, [1, 2, 4], cores=2)
+    scaling_figure.draw_efficiencies(left, efficiencies, [1, 2, 4], "one rank", cores=2)
     scaling_figure.draw_splits(right, splits, [1, 2, 4])
     labels = [text.get_text() for text in left.get_legend().get_texts()]
     assert labels == ["ideal", "limit of 2 cores", "ranks share cores", "weak scaling"]
     assert [round(bar.get_height(), 1) for bar in right.patches] == [1.0, 20.0, 3.0, 0.5] * 3
     path = tmp_path / "scaling.png"
-    assert scaling_figure.draw_scaling(efficiencies, splits, path, subtitle="a machine", cores=2) == path
+    assert (
+        scaling_figure.draw_scaling(efficiencies, splits, path, subtitle="a machine", reference="one rank", cores=2)
+        == path
+    )
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -318,11 +318,11 @@ def _fail_one_rank(folder: Path, rng: random.Random, what: str, limit: float) ->
         problems.append(f"{fault}: took {end.seconds:.0f} s")
     signs = {
         "raise": "ArithmeticError: the fault",
-        "exit": "(exitcode: 3)",
+        "exit": f"(exitcode: 3) local_rank: {rank} ",  # torchrun says it, when it has ended the others
         "sleep": f"in {PHASES[where]} (train.hang_timeout)",
     }
     before, sign, _ = end.output.partition(signs[what])
-    first = [consequence for consequence in CONSEQUENCES if consequence in before]
+    first = [consequence for consequence in CONSEQUENCES if what != "exit" and consequence in before]
     if not sign:
         problems.append(f"{fault}, {backend}: {signs[what]!r} is not said\n{end.output[:3000]}")
     elif first or (what == "sleep" and before.count("stood still") != before.count(f"rank {rank} stood still")):

@@ -1,0 +1,29 @@
+"""`prepare DATASET ...`: have datasets in place and verified before a training needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.data.datasets import DATASETS, DataError, prepare_dataset
+
+HELP = "download datasets and verify them, e.g. on a login node for compute nodes without a network"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", nargs="+", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
+    parser.add_argument("--root", type=Path, default=Path("data"), help="data.root of the training (data)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0; 1: one of them cannot be had."""
+    exit_code = 0
+    for name in arguments.dataset:
+        try:
+            prepare_dataset(DATASETS[name], arguments.root, download=True)
+            print(f"{name}: in {arguments.root}, verified")
+        except DataError as error:
+            print(error, file=sys.stderr)
+            exit_code = 1
+    return exit_code

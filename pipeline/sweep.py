@@ -1,0 +1,211 @@
+"""A sweep: one training for each point of a grid, or for points drawn at random; and the folder that holds its runs.
+
+`runs/<sweep>/sweep.json` makes a folder of run folders one sweep: in MLflow its runs are children of one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.config import FIELDS
+from pipeline.run_folder import RunFolder, locked
+
+FOLDER_FILE = "sweep.json"
+EXAMPLES = "configs/sweeps/"
+Texts = Annotated[list[str], Field(min_length=1)]
+Range = tuple[float, float]
+
+
+class SweepError(ValueError):
+    """The file of a sweep is wrong; the message says where, and what is accepted."""
+
+
+class Choice(BaseModel):
+    """Where the value of a key is drawn from; exactly one of these."""
+
+    model_config = ConfigDict(extra="forbid")
+    choice: Texts | None = None
+    uniform: Range | None = None
+    log_uniform: Range | None = None
+    integer: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Choice:
+        given = [value for _, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError("accepted: one of choice, uniform, log_uniform, integer")
+        ends = self.uniform or self.log_uniform or self.integer
+        if ends and ends[0] >= ends[1]:
+            raise ValueError(f"accepted: [lowest, highest], given {list(ends)}")
+        if self.log_uniform and self.log_uniform[0] <= 0:
+            raise ValueError("log_uniform: accepted: numbers > 0")
+        return self
+
+    def draw(self, rng: random.Random) -> str:
+        """Numbers have three digits, so that a name can show them."""
+        if self.choice:
+            return rng.choice(self.choice)
+        if self.integer:
+            return str(rng.randint(*self.integer))
+        if self.uniform:
+            return f"{rng.uniform(*self.uniform):.3g}"
+        assert self.log_uniform is not None
+        return f"{math.exp(rng.uniform(*map(math.log, self.log_uniform))):.3g}"
+
+
+class RandomSearch(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    number: int = Field(ge=1)
+    seed: int = 0
+    keys: dict[str, Choice] = Field(min_length=1)
+
+    def points(self) -> list[dict[str, str]]:
+        """Each drawn from (seed, index): with a larger `number` the first ones stay."""
+        found = []
+        for index in range(self.number):
+            rng = random.Random(f"{self.seed} {index}")
+            found.append({key: choice.draw(rng) for key, choice in self.keys.items()})
+        return found
+
+
+class SweepFile(BaseModel):
+    """What may stand in the file."""
+
+    model_config = ConfigDict(extra="forbid")
+    config: str
+    """Relative to the file of the sweep."""
+    settings: list[str] = []
+    """key=value, of all runs."""
+    grid: dict[str, Texts] | None = None
+    random: RandomSearch | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> SweepFile:
+        if (self.grid is None) == (self.random is None):
+            raise ValueError("accepted: one of grid and random")
+        unknown = [key for key in self.keys() if key not in FIELDS or key in ("run.name", "run.dir")]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: accepted: keys of configs/default.yaml but run.name and run.dir")
+        return self
+
+    def keys(self) -> list[str]:
+        return list(self.grid or (self.random.keys if self.random else ()))
+
+    def points(self) -> list[dict[str, str]]:
+        if self.random:
+            return self.random.points()
+        assert self.grid is not None
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+@dataclass(frozen=True)
+class Element:
+    """One training of a sweep."""
+
+    name: str
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    config: Path
+    text: str
+    elements: tuple[Element, ...]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Raises SweepError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        # all scalars as text: the config reads them by the type of their key
+        content = SweepFile.model_validate(yaml.load(text, Loader=yaml.BaseLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SweepError(f"{path} cannot be read: {error}") from error
+    except ValidationError as error:
+        raise SweepError(f"{path}:\n{_describe(error)}") from error
+    elements = [
+        Element(_name(point), (*content.settings, *(f"{key}={value}" for key, value in point.items())))
+        for point in content.points()
+    ]
+    names = [element.name for element in elements]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SweepError(
+            f"{path}: {', '.join(twice)} would be there twice; accepted: points that differ in their names"
+        )
+    return Sweep(path.stem, path.parent / content.config, text, tuple(elements))
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for details in error.errors():
+        where = ".".join(str(part) for part in details["loc"])
+        says = details["msg"].removeprefix("Value error, ")
+        if details["type"] == "extra_forbidden":
+            says = f"unknown; docs/slurm.md and {EXAMPLES} show what a sweep has"
+        lines.append(f"  {where + ': ' if where else ''}{says}")
+    return "\n".join(lines)
+
+
+def _name(point: dict[str, str]) -> str:
+    """By its values alone: a point keeps its name, and so its run, whatever else is added to the sweep."""
+    last = [key.removesuffix(".name").rpartition(".")[2] for key in point]
+    parts = (
+        f"{name if last.count(name) == 1 else key}-{value}"
+        for name, (key, value) in zip(last, point.items(), strict=True)
+    )
+    return "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
+
+
+def open_folder(folder: Path, sweep: Sweep) -> None:
+    """Make it the folder of the sweep, if it is not yet. Raises SweepError if it is a run's."""
+    if (folder / "journal.jsonl").exists():
+        raise SweepError(f"{folder} is the folder of a run: rename the file of the sweep, whose name the folder has")
+    with locked(folder / ".sweep.lock"):
+        known = of_folder(folder) or {"run_id": uuid.uuid4().hex, "timestamp_ms": time.time_ns() // 1_000_000}
+        content = known | {"name": sweep.name, "num_runs": len(sweep.elements), "text": sweep.text}
+        temporary = folder / ".writing-sweep.json"
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(folder / FOLDER_FILE)
+
+
+def of_folder(folder: Path) -> dict[str, Any] | None:
+    """What makes it the folder of a sweep: run_id, name, num_runs, text, timestamp_ms. None if it is none."""
+    try:
+        loaded: dict[str, Any] = json.loads((folder / FOLDER_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return loaded
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Run folders; for that of a sweep, those of its runs."""
+    return [run for path in paths for run in (_runs_of(path) if of_folder(path) else [path])]
+
+
+def find_all_runs(folder: Path) -> list[Path]:
+    """In a folder of run folders and sweeps."""
+    sweeps = [path.parent for path in folder.glob(f"*/{FOLDER_FILE}")]
+    return sorted(_runs_of(folder) + find_runs(sweeps))
+
+
+def _runs_of(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/journal.jsonl"))
+
+
+def states(folder: Path, names: Sequence[str]) -> list[str]:
+    """Of the runs of a sweep, as status.json has them; `missing` where there is none."""
+    return [str(RunFolder(folder / name).status().get("state", "missing")) for name in names]
