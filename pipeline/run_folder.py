@@ -81,7 +81,7 @@ class RunFolder:
         """The content of status.json; empty for a folder that has none, or none that can be read."""
         try:
             loaded: dict[str, Any] = json.loads((self.path / "status.json").read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return {}
         return loaded
 

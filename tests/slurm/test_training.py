@@ -41,10 +41,11 @@ def undisturbed(folder: Path, *settings: str) -> Path:
     return folder
 
 
-def submit(cluster: Cluster, folder: Path, options: tuple[str, ...], *settings: str) -> str:
+def submit(cluster: Cluster, folder: Path, options: tuple[str, ...], *settings: str, **environment: str) -> str:
     """The run is `folder`/run, and so are the store and the logs in `folder`."""
     tracking = ("tracking.enabled=true", f"tracking.uri=sqlite:///{folder}/mlflow.db")
-    return cluster.submit(*options, TRAIN, *settings_of(folder, *tracking, *settings), cwd=folder, env=ENVIRONMENT)
+    arguments = settings_of(folder, *tracking, *settings)
+    return cluster.submit(*options, TRAIN, *arguments, cwd=folder, env=ENVIRONMENT | environment)
 
 
 def log(folder: Path, job: str) -> str:
@@ -123,7 +124,7 @@ def test_a_wrong_config_fails_with_2_and_is_not_requeued(empty_cluster: Cluster,
 def test_whatever_ends_it_early_it_goes_on_by_itself(empty_cluster: Cluster, tmp_path: Path, long: Path) -> None:
     """Warned; preempted; requeued; and its node dead, after which there is only one left."""
     cluster = empty_cluster
-    job = submit(cluster, tmp_path, ("--nodes=2", "--exclude=n3,n4"), *LONG)
+    job = submit(cluster, tmp_path, ("--nodes=2", "--exclude=n3,n4"), *LONG, CONVOY_RANKS_PER_NODE="1")
 
     def warn() -> None:
         cluster.run("scancel", "--signal=USR1", "--batch", job)
