@@ -22,7 +22,7 @@ def indented_lines() -> list[str]:
 
 
 def test_the_test_command_of_the_readme_is_the_one_that_ci_runs() -> None:
-    (command,) = (line for line in indented_lines() if line.endswith("pytest"))
+    (command,) = (line for line in indented_lines() if "/pytest" in line)
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 

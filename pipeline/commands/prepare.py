@@ -6,18 +6,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.data.datasets import DATASETS, DataError, prepare_dataset
-
 HELP = "download datasets and verify them, e.g. on a login node for compute nodes without a network"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", nargs="+", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
+    parser.add_argument("dataset", nargs="+", metavar="DATASET", help="e.g. mnist; those of data.dataset")
     parser.add_argument("--root", type=Path, default=Path("data"), help="data.root of the training (data)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0; 1: one of them cannot be had."""
+    """0; 1: one of them cannot be had; 2: there is no such dataset."""
+    from pipeline.data.datasets import DATASETS, DataError, prepare_dataset  # torch, which no other command waits for
+
+    if unknown := [name for name in arguments.dataset if name not in DATASETS]:
+        print(f"{', '.join(unknown)}: unknown; accepted: {', '.join(DATASETS)}", file=sys.stderr)
+        return 2
     exit_code = 0
     for name in arguments.dataset:
         try:

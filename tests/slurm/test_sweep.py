@@ -17,7 +17,7 @@ RATES = ("0.01", "0.02", "0.03", "0.04", "0.05", "0.06")
 
 
 def pipeline(cluster: Cluster, folder: Path, *arguments: str) -> str:
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "CONVOY_RANKS_PER_NODE": "1"}
     return cluster.run(sys.executable, "-m", "pipeline", *arguments, cwd=folder, env=environment).stdout
 
 

@@ -103,7 +103,7 @@ def test_any_nodes_and_ranks_end_with_the_weights_of_one_process(
 def test_a_warning_that_comes_with_the_last_step_requeues_nothing(
     empty_cluster: Cluster, tmp_path: Path, short: Path
 ) -> None:
-    job = submit(empty_cluster, tmp_path, ("--nodes=4",), *SHORT)
+    job = submit(empty_cluster, tmp_path, ("--nodes=4",), *SHORT, CONVOY_RANKS_PER_NODE="1")
     poll(lambda: state(tmp_path).get("state") == "finished", PATIENCE, lambda: log(tmp_path, job))
     empty_cluster.run("scancel", "--signal=USR1", "--batch", job)
     wait_for_end(empty_cluster, tmp_path, job)
