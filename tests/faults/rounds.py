@@ -8,6 +8,7 @@ import logging
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -147,17 +148,20 @@ def kill_in_save(context: Context, folder: Path, rng: random.Random) -> list[str
 
 
 def kill_launcher(context: Context, folder: Path, rng: random.Random) -> list[str]:
-    """kill -9 of torchrun."""
+    """kill -9 of torchrun; loader workers and publisher have to go too, also one that a server does not answer."""
     world_size = rng.choice((2, 3))
     settings = ("train.epochs=20", "data.placement=workers", "data.workers=1")
-    tracking = ("tracking.enabled=true", f"tracking.uri=sqlite:///{folder}/mlflow.db", "tracking.system_every=1")
-    with subprocess.Popen(
-        torchrun_command(folder, world_size, *settings, *tracking),
-        env=environment_of(None),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as launcher:
+    tracking = ("tracking.enabled=true", "tracking.system_every=1")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        subprocess.Popen(
+            torchrun_command(folder, world_size, *settings, *tracking, f"tracking.uri={_server(folder, silent, rng)}"),
+            env=environment_of(None),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as launcher,
+    ):
         children = wait_for_step(folder, launcher, rng.randrange(20))
         launcher.send_signal(signal.SIGKILL)
         began = time.monotonic()
@@ -169,6 +173,10 @@ def kill_launcher(context: Context, folder: Path, rng: random.Random) -> list[st
         problems.append(f"state {state(folder).get('state')} after {time.monotonic() - began:.0f} s")
     problems += train_to_the_end(folder, world_size, *settings)
     return problems or differences(folder, context.reference(world_size, *settings))
+
+
+def _server(folder: Path, silent: socket.socket, rng: random.Random) -> str:
+    return rng.choice((f"sqlite:///{folder}/mlflow.db", f"http://127.0.0.1:{silent.getsockname()[1]}"))
 
 
 def wait_for_step(folder: Path, launcher: subprocess.Popen[bytes], step: int) -> list[psutil.Process]:
