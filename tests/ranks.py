@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from pipeline.distributed import Launch, start_rank
+from pipeline.distributed import start_rank
+from pipeline.launch import Launch
 
 TIMEOUT = 120.0
 """Seconds for all ranks together; the suite shares two cores with whatever else runs."""

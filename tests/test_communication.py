@@ -234,7 +234,8 @@ def test_no_thread_of_the_process_group_outlives_it(tmp_path: Path) -> None:
 import os, torch
 from dataclasses import replace
 from pipeline.communication import replicate
-from pipeline.distributed import Launch, start_rank
+from pipeline.distributed import start_rank
+from pipeline.launch import Launch
 from pipeline.timing import HostTimer
 
 with start_rank(Launch.from_environment(os.environ)) as rank:

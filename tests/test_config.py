@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import FIELDS, CommandLine, Config, ConfigError, load_config, parse_command_line
-from pipeline.distributed import Launch
+from pipeline.launch import Launch
 from pipeline.run_folder import RunFolder
 from train.contradictions import find_contradictions
 from train.main import ROOT, main

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from pipeline.distributed import (
-    Launch,
     Rank,
     choose_device,
     choose_threads,
@@ -24,6 +23,7 @@ from pipeline.distributed import (
     start_logging,
     start_rank,
 )
+from pipeline.launch import Launch
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

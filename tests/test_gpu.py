@@ -18,7 +18,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from pipeline.communication import replicate
 from pipeline.communication.ddp import new_stream
-from pipeline.distributed import Launch, Rank, start_rank
+from pipeline.distributed import Rank, start_rank
+from pipeline.launch import Launch
 from tests.train.helpers import config_of, flat_weights, make_trainer
 from train.static_step import StaticStep
 from train.step import EagerStep

@@ -29,7 +29,8 @@ from pipeline.data.datasets import (
 from pipeline.data.loading import Loader, Normalize, ResidentLoader, StreamedLoader
 from pipeline.data.sampler import BlockSampler, GlobalOrderSampler
 from pipeline.data.sharing import share_on_node
-from pipeline.distributed import Launch, Rank, start_rank
+from pipeline.distributed import Rank, start_rank
+from pipeline.launch import Launch
 from pipeline.losses import LOSSES
 from pipeline.models import build_model
 from pipeline.optim import Schedule, build_optimizer

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.checkpoint import CheckpointError, Checkpoints, TrainingState
 from pipeline.config import Config
-from pipeline.distributed import Launch
+from pipeline.launch import Launch
 from pipeline.run_folder import (
     RunError,
     RunFolder,

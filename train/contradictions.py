@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from pipeline.config import Config, Problem
-from pipeline.distributed import Launch, choose_device
+from pipeline.distributed import choose_device
+from pipeline.launch import Launch
 from pipeline.losses import losses_for
 from pipeline.models import NETWORKS
 from train.build import build_network, dataset_info

@@ -19,7 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from pipeline.config import CommandLine, Config, ConfigError, Problem, load_config, parse_command_line
 from pipeline.data.datasets import DataError
-from pipeline.distributed import Launch, Rank, RemoteError, is_lost_connection, start_logging
+from pipeline.distributed import Rank, RemoteError, is_lost_connection, start_logging
+from pipeline.launch import Launch
 from pipeline.precision import NonFiniteError
 from pipeline.preemption import StopRequest, listen_for_stop
 from pipeline.run_folder import RunError

@@ -8,7 +8,8 @@ from pathlib import Path
 from pipeline.checkpoint import CheckpointError
 from pipeline.config import Config
 from pipeline.data.datasets import DATASETS, is_present, prepare_dataset
-from pipeline.distributed import Launch, choose_device, choose_threads
+from pipeline.distributed import choose_device, choose_threads
+from pipeline.launch import Launch
 from pipeline.models import describe_layers
 from pipeline.precision import choose_precision
 from pipeline.run_folder import (

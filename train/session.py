@@ -16,7 +16,8 @@ from pipeline.checkpoint import TrainingState
 from pipeline.config import Config
 from pipeline.credentials import without_credentials
 from pipeline.data.datasets import Dataset
-from pipeline.distributed import Launch, Rank
+from pipeline.distributed import Rank
+from pipeline.launch import Launch
 from pipeline.provenance import collect_provenance
 from pipeline.run_folder import RunError, RunFolder, changes
 from pipeline.sweep import of_folder

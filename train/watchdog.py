@@ -25,7 +25,8 @@ from pipeline.communication.node_average import NodeAverage
 from pipeline.communication.shards import Shards
 from pipeline.config import Config
 from pipeline.data.loading import ResidentLoader, StreamedLoader
-from pipeline.distributed import Launch, PendingSum, Rank
+from pipeline.distributed import PendingSum, Rank
+from pipeline.launch import Launch
 from pipeline.precision import Precision
 from pipeline.preemption import StopRequest
 from train.evaluation import Evaluator

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness import print_result
-from pipeline.distributed import Launch, Rank, start_rank
+from pipeline.distributed import Rank, start_rank
+from pipeline.launch import Launch
 
 KIB = 2**10
 SIZES = tuple(4 * KIB * 4**power for power in range(8))

@@ -18,7 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from benchmarks.harness import print_result
 from benchmarks.programs.same_training import EpochClock, Training, parse_training, steady_rate
-from pipeline.distributed import Launch, Rank, start_rank
+from pipeline.distributed import Rank, start_rank
+from pipeline.launch import Launch
 from pipeline.losses import LOSSES
 from pipeline.precision import Precision
 

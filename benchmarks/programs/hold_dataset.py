@@ -14,7 +14,8 @@ from pathlib import Path
 from benchmarks.harness import ROOT, print_result
 from pipeline.config import Config, load_config, parse_command_line
 from pipeline.data.datasets import Dataset
-from pipeline.distributed import Launch, Rank, start_rank
+from pipeline.distributed import Rank, start_rank
+from pipeline.launch import Launch
 from train.build import build_data
 
 EVAL_SHARE = 6

@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.harness import ROOT, print_result
 from pipeline.config import CommandLine, Config
-from pipeline.distributed import Launch, Rank, start_logging
+from pipeline.distributed import Rank, start_logging
+from pipeline.launch import Launch
 from pipeline.preemption import StopRequest
 from pipeline.timing import PhaseTimer, StartupTimer, build_timer
 from train import build

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import ROOT, print_result
-from pipeline.distributed import Launch, start_logging
+from pipeline.distributed import start_logging
+from pipeline.launch import Launch
 from pipeline.preemption import StopRequest
 from pipeline.run_folder import RunFolder
 from pipeline.timing import StartupTimer

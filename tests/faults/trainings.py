@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from pipeline.config import CommandLine
-from pipeline.distributed import Launch, Rank
+from pipeline.distributed import Rank
+from pipeline.launch import Launch
 from pipeline.preemption import listen_for_stop
 from pipeline.timing import StartupTimer
 from tests.faults.inject import Fault, inject

@@ -10,7 +10,8 @@ from torch import nn
 
 from pipeline.communication.shards import open_shards
 from pipeline.config import ConfigError
-from pipeline.distributed import Launch, Rank
+from pipeline.distributed import Rank
+from pipeline.launch import Launch
 from tests.faults.trainings import state
 from tests.ranks import run_ranks
 from tests.train.helpers import config_of

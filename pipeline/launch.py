@@ -1,0 +1,114 @@
+"""What a launcher says about this process: torchrun, Slurm. The only reader of RANK and its companions."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says about this process. One process without torchrun is a world of one."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    run_id: str | None = None
+    """Of the job under torchrun, the same across elastic restarts; None without torchrun."""
+    is_restart: bool = False
+    """Whether torchrun has restarted the job after a failure."""
+    launcher_pid: int | None = None
+    """Of torchrun; None without it."""
+    max_restarts: int = 0
+    num_cores: int | None = None
+    """Of this node, granted by Slurm, which need not keep processes from using all."""
+    is_requeued: bool = False
+    """Whether Slurm has started the job before."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Launch:
+        """Without RANK it is a world of one.
+
+        Raises ValueError if RANK is set, but not all that belongs to it, and for processes that do not know each other.
+        """
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        missing = [name for name in names if name not in environment]
+        num_cores = int(environment.get("SLURM_CPUS_ON_NODE", "0")) or None
+        is_requeued = int(environment.get("SLURM_RESTART_COUNT", "0")) > 0
+        if len(missing) == len(names) or (missing and "RANK" not in environment):
+            _check_world(1, environment)
+            return cls(num_cores=num_cores, is_requeued=is_requeued)
+        if missing or not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+            raise ValueError(
+                f"RANK is set, but not {', '.join(missing) or 'MASTER_ADDR and MASTER_PORT'}: start with torchrun, "
+                "which sets them all, or unset RANK for a single process"
+            )
+        run_id = environment.get("TORCHELASTIC_RUN_ID")
+        if run_id == "none":  # torchrun's default: then the agent, which outlives its workers, stands for the job
+            run_id = f"{socket.gethostname()}-{os.getppid()}-{_start_ticks(os.getppid())}"
+        rank, local_rank, world_size, local_world_size = (int(environment[name]) for name in names)
+        _check_world(world_size, environment)
+        return cls(
+            rank,
+            local_rank,
+            world_size,
+            local_world_size,
+            run_id,
+            is_restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+            launcher_pid=None if run_id is None else os.getppid(),
+            max_restarts=int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")),
+            num_cores=num_cores,
+            is_requeued=is_requeued,
+        )
+
+    @property
+    def launcher_is_gone(self) -> bool:
+        return self.launcher_pid is not None and os.getppid() != self.launcher_pid
+
+    @property
+    def may_be_early(self) -> bool:
+        """Whether ranks of an earlier attempt may still be there, on a node that nobody reaches."""
+        return self.is_restart or self.is_requeued
+
+    @property
+    def is_replaceable(self) -> bool:
+        """Whether the launchers of other nodes will go on without this node."""
+        return self.max_restarts > 0 and self.world_size > self.local_world_size
+
+    def await_end(self, seconds: float) -> None:
+        """Leave the first word to the rank that has the cause: the launcher ends this one when that has exited.
+
+        Exiting at once could make the launcher end that rank before it has spoken. Without a launcher nobody would
+        end this process, so it does not wait.
+        """
+        if self.run_id is not None and self.world_size > 1:
+            threading.Event().wait(seconds)
+
+
+def _check_world(world_size: int, environment: Mapping[str, str]) -> None:
+    """Against what a batch script was granted; a world too small would train in all nodes apart."""
+    granted = int(environment.get("CONVOY_WORLD_SIZE", world_size))
+    if world_size != granted:
+        raise ValueError(
+            f"{world_size} rank(s) found each other where {granted} were to be started (CONVOY_WORLD_SIZE): do the "
+            "nodes reach the one that is named at the start of the log?"
+        )
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "RANK" not in environment:
+        raise ValueError(
+            f"srun started {tasks} processes that do not know each other: start torchrun once on each node, as "
+            "slurm/train.sbatch does"
+        )
+
+
+def _start_ticks(pid: int) -> str:
+    """When a process started, which tells it from a later one with the same number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return "0"
