@@ -111,6 +111,9 @@ class SlurmNodes:
     def run(self, arguments: Sequence[str], num_ranks: int, timeout: float) -> Finished:
         """As on one machine, on the first of the nodes. Raises BenchmarkError as `run_command` does."""
         granted = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+        if "SLURM_GPUS" in granted:  # of all nodes together, which a part of them cannot have
+            granted["SLURM_GPUS_PER_NODE"] = granted["SLURM_GPUS_ON_NODE"]
+            del granted["SLURM_GPUS"]
         # Every rank compares it with the world it finds itself in.
         environment = clean_environment(os.environ) | granted | {"CONVOY_WORLD_SIZE": str(num_ranks)}
         return run_command(self.command(arguments, num_ranks), environment=environment, timeout=timeout)

@@ -20,7 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_arguments(subparsers.add_parser(name, help=command.HELP, description=command.HELP))
     for name, process in PROCESSES.items():
         process.add_arguments(subparsers.add_parser(name, description=process.HELP))
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(arguments, "settings") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes key=value in one place only
+        arguments.settings += rest
     exit_code: int = (COMMANDS | PROCESSES)[arguments.command].run(arguments)
     return exit_code
 

@@ -110,9 +110,7 @@ def training_lock(folder: RunFolder, *, patience: float = 0.0) -> Iterator[None]
     Waits `patience` seconds for a holder to leave. A POSIX lock, which forked DataLoader workers do not inherit: it is
     gone with the training itself.
     """
-    deadline = time.monotonic() + patience
-    while is_being_trained(folder) and time.monotonic() < deadline:
-        time.sleep(0.5)
+    wait_until_free(folder, patience)
     with _lock_path(folder).open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,6 +129,13 @@ def training_lock(folder: RunFolder, *, patience: float = 0.0) -> Iterator[None]
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def wait_until_free(folder: RunFolder, patience: float) -> None:
+    """Until nobody trains in it, for so many seconds at most."""
+    deadline = time.monotonic() + patience
+    while is_being_trained(folder) and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def is_being_trained(folder: RunFolder) -> bool:
@@ -195,10 +200,17 @@ def _run_of_launch(runs: Path, launch_id: str, *, finished_too: bool) -> RunFold
     return None
 
 
-def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool, launch_id: str | None = None) -> None:
+def check_resumable(
+    folder: RunFolder,
+    config: Config,
+    *,
+    has_checkpoint: bool,
+    launch_id: str | None = None,
+    is_requeued: bool = False,
+) -> None:
     """Raises RunError if `run.resume` or the folder's own config forbids going on in it.
 
-    What the same launch began before an elastic restart may always go on.
+    What the same launch began before an elastic restart may always go on, and so may a job that Slurm starts again.
     """
     resume = config.run.resume
     if resume == "must" and not has_checkpoint:
@@ -208,7 +220,7 @@ def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool, 
         )
     if not folder.journal.exists():
         return
-    if resume == "never" and (launch_id is None or folder.status().get("launch_id") != launch_id):
+    if resume == "never" and not _is_same_launch(folder.status().get("launch_id"), launch_id, is_requeued):
         raise RunError(
             f"run.resume = never: {folder.path} holds a run already; choose another run.name, or set run.resume=auto "
             "to continue it"
@@ -221,6 +233,18 @@ def check_resumable(folder: RunFolder, config: Config, *, has_checkpoint: bool, 
             f"run {folder.name} is another training: {'; '.join(changed)}. Choose another run.name, or go back to the "
             f"values of {folder.config}"
         )
+
+
+def _is_same_launch(known: str | None, launch_id: str | None, is_requeued: bool) -> bool:
+    """Of the launches of one job, <job>-<number>, each has an id of its own."""
+    if known is None or launch_id is None:
+        return False
+    return known == launch_id or (is_requeued and known.rpartition("-")[0] == launch_id.rpartition("-")[0])
+
+
+def is_finished(status: Mapping[str, Any], config: Config) -> bool:
+    """Whether nothing is left to train."""
+    return bool(status.get("state") == "finished" and status.get("epoch", 0) >= config.train.epochs)
 
 
 def identity(config: Config) -> tuple[str, ...]:

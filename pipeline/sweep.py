@@ -10,6 +10,7 @@ import json
 import math
 import random
 import re
+import subprocess
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.config import FIELDS
-from pipeline.run_folder import RunFolder, locked
+from pipeline.run_folder import locked
 
 FOLDER_FILE = "sweep.json"
 EXAMPLES = "configs/sweeps/"
@@ -61,9 +62,14 @@ class Choice(BaseModel):
         if self.integer:
             return str(rng.randint(*self.integer))
         if self.uniform:
-            return f"{rng.uniform(*self.uniform):.3g}"
+            return _three_digits(rng.uniform(*self.uniform))
         assert self.log_uniform is not None
-        return f"{math.exp(rng.uniform(*map(math.log, self.log_uniform))):.3g}"
+        return _three_digits(math.exp(rng.uniform(*map(math.log, self.log_uniform))))
+
+
+def _three_digits(number: float) -> str:
+    """Without an exponent, unless it is very small or large."""
+    return f"{float(f'{number:.3g}'):.12g}"
 
 
 class RandomSearch(BaseModel):
@@ -127,8 +133,8 @@ class Sweep:
     elements: tuple[Element, ...]
 
 
-def read_sweep(path: Path) -> Sweep:
-    """Raises SweepError."""
+def read_sweep(path: Path, settings: Sequence[str] = ()) -> Sweep:
+    """With `settings` of all its runs besides. Raises SweepError."""
     try:
         text = path.read_text(encoding="utf-8")
         # all scalars as text: the config reads them by the type of their key
@@ -137,9 +143,11 @@ def read_sweep(path: Path) -> Sweep:
         raise SweepError(f"{path} cannot be read: {error}") from error
     except ValidationError as error:
         raise SweepError(f"{path}:\n{_describe(error)}") from error
+    points = content.points()
+    check_settings(path, points, (*content.settings, *settings))
     elements = [
-        Element(_name(point), (*content.settings, *(f"{key}={value}" for key, value in point.items())))
-        for point in content.points()
+        Element(_name(point), (*content.settings, *settings, *(f"{key}={value}" for key, value in point.items())))
+        for point in points
     ]
     names = [element.name for element in elements]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -147,6 +155,13 @@ def read_sweep(path: Path) -> Sweep:
             f"{path}: {', '.join(twice)} would be there twice; accepted: points that differ in their names"
         )
     return Sweep(path.stem, path.parent / content.config, text, tuple(elements))
+
+
+def check_settings(path: Path, points: Sequence[dict[str, str]], settings: Sequence[str]) -> None:
+    """Raises SweepError for one that would make points the same, or give them one name."""
+    keys = [setting.partition("=")[0] for setting in settings]
+    if wrong := sorted({key for key in keys if key in points[0] or key == "run.name"}):
+        raise SweepError(f"{path}: {', '.join(wrong)} cannot be set for all runs, which differ in it")
 
 
 def _describe(error: ValidationError) -> str:
@@ -167,23 +182,54 @@ def _name(point: dict[str, str]) -> str:
         f"{name if last.count(name) == 1 else key}-{value}"
         for name, (key, value) in zip(last, point.items(), strict=True)
     )
-    return "_".join(re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in parts)
+    return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part.replace("+", "")) for part in parts)
 
 
-def open_folder(folder: Path, sweep: Sweep) -> None:
-    """Make it the folder of the sweep, if it is not yet. Raises SweepError if it is a run's."""
+def open_folder(folder: Path, sweep: Sweep, job: str | None = None) -> list[str]:
+    """Make it the folder of the sweep, if it is not yet, and remember `job`, an array that trains it.
+
+    Returns the names of its runs by number: one that has a number keeps it, whatever becomes of the file, so that
+    tasks of an array that wait remain what they were. Raises SweepError if that cannot be.
+    """
     if (folder / "journal.jsonl").exists():
         raise SweepError(f"{folder} is the folder of a run: rename the file of the sweep, whose name the folder has")
-    with locked(folder / ".sweep.lock"):
-        known = of_folder(folder) or {"run_id": uuid.uuid4().hex, "timestamp_ms": time.time_ns() // 1_000_000}
-        content = known | {"name": sweep.name, "num_runs": len(sweep.elements), "text": sweep.text}
-        temporary = folder / ".writing-sweep.json"
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(folder / FOLDER_FILE)
+    try:
+        with locked(folder / ".sweep.lock"):
+            known = of_folder(folder) or {"run_id": uuid.uuid4().hex, "timestamp_ms": time.time_ns() // 1_000_000}
+            names, numbered = [element.name for element in sweep.elements], number(folder, sweep)
+            jobs = [*known.get("jobs", []), *([job] if job else [])]
+            content = {"name": sweep.name, "names": names, "numbered": numbered, "jobs": jobs, "text": sweep.text}
+            temporary = folder / ".writing-sweep.json"
+            temporary.write_text(json.dumps(known | content, indent=1) + "\n")
+            temporary.replace(folder / FOLDER_FILE)
+    except OSError as error:
+        raise SweepError(f"{folder} cannot be the folder of the sweep: {error}") from error
+    return numbered
+
+
+def number(folder: Path, sweep: Sweep) -> list[str]:
+    """The names of all runs the sweep ever had, those of its file among them, by number."""
+    numbered: list[str] = (of_folder(folder) or {}).get("numbered", [])
+    return [*numbered, *(element.name for element in sweep.elements if element.name not in numbered)]
+
+
+def queued(folder: Path) -> set[int]:
+    """Numbers of the runs that wait or train in arrays that were submitted from here; none where there is no Slurm."""
+    jobs = (of_folder(folder) or {}).get("jobs", [])
+    if not jobs:
+        return set()
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%F %K"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return set()
+    pairs = (line.split() for line in done.stdout.splitlines())
+    return {int(task) for job, task in pairs if job in jobs and task.isdecimal()}
 
 
 def of_folder(folder: Path) -> dict[str, Any] | None:
-    """What makes it the folder of a sweep: run_id, name, num_runs, text, timestamp_ms. None if it is none."""
+    """What makes it the folder of a sweep: run_id, name, timestamp_ms, text of the file, names of its runs, numbered
+    (names of all it ever had), jobs. None if it is none."""
     try:
         loaded: dict[str, Any] = json.loads((folder / FOLDER_FILE).read_bytes())
     except (OSError, ValueError):
@@ -204,8 +250,3 @@ def find_all_runs(folder: Path) -> list[Path]:
 
 def _runs_of(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("*/journal.jsonl"))
-
-
-def states(folder: Path, names: Sequence[str]) -> list[str]:
-    """Of the runs of a sweep, as status.json has them; `missing` where there is none."""
-    return [str(RunFolder(folder / name).status().get("state", "missing")) for name in names]

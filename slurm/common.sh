@@ -3,11 +3,17 @@
 # <array>_<task> in an array), the log that everything goes to, and the Python environment.
 
 fail() {
-    echo "$(basename "${BASH_SOURCE[-1]}"): $*" >&2
+    echo "convoy: $*" >&2
     exit 1
 }
 
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is for sbatch: see docs/slurm.md"
+# sbatch hands on the environment of whoever calls it, who may be a job with an array and restarts of its own.
+if own=$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID "); then
+    [[ $own == *" ArrayTaskId="* ]] || unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID
+    restarts=${own##* Restarts=}
+    export SLURM_RESTART_COUNT=${restarts%% *}
+fi
 # The last element of an array has the array's own number as its job id: requeueing that would rerun every element.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
@@ -38,6 +44,11 @@ count_ranks_per_node() {
     if [[ ${CONVOY_RANKS_PER_NODE:-} ]]; then
         echo "$CONVOY_RANKS_PER_NODE"
     else
-        in_container python -c 'import sys, torch; print(torch.cuda.device_count() or sys.argv[1])' "$SLURM_CPUS_ON_NODE"
+        in_container python -c '
+import os, sys, torch
+num_gpus, granted = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+if granted and num_gpus == 0:
+    print(f"WARNING: GPUs were granted ({granted}), but torch sees none: training on CPUs", file=sys.stderr)
+print(num_gpus or sys.argv[1])' "$SLURM_CPUS_ON_NODE"
     fi
 }

@@ -11,7 +11,7 @@ from pipeline.__main__ import main
 
 def test_a_dataset_that_is_there_is_verified(mnist_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "mnist", "digits", "--root", str(mnist_root)]) == 0
-    assert capsys.readouterr().out == f"mnist: in {mnist_root}, verified\ndigits: in {mnist_root}, verified\n"
+    assert capsys.readouterr().out == "mnist: ready, and verified\ndigits: ready, and verified\n"
 
 
 def test_a_damaged_one_is_named(tmp_path: Path, mnist_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,8 @@ def test_points_drawn_at_random_stay_when_more_are_drawn_and_are_within_their_ra
         ),
         ("grid:", "random: {number: 2, keys: {optim.lr: {uniform: [0, 1], choice: [1]}}}\ngrid:", "one of choice, un"),
         ("config:", "config: [", "cannot be read"),
+        ("[train.epochs=3]", "[optim.lr=3]", "optim.lr cannot be set for all runs"),
+        ("[train.epochs=3]", "[run.name=x]", "run.name cannot be set for all runs"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -93,6 +95,14 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, old: str, new: str, m
     with pytest.raises(SweepError) as caught:
         read_sweep(path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "name"), [("1e+5", "lr-1e5"), ("1e-5", "lr-1e-5"), ("-1", "lr--1"), ("a b/c", "lr-a-b-c")]
+)
+def test_names_tell_values_apart(tmp_path: Path, written: str, name: str) -> None:
+    sweep = read_sweep(write(tmp_path, GRID.replace("[1e-3, 0.1]", f"['{written}']").replace("[sgd, adam]", "[sgd]")))
+    assert sweep.elements[0].name == f"{name}_optim-sgd"
 
 
 def test_the_sweeps_in_configs_are_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,15 +126,17 @@ def test_what_is_missing_is_shown_with_the_jobs_that_train_it(
     ):
         folder = RunFolder(tmp_path / "runs" / "rates" / name)
         folder.path.mkdir(parents=True)
-        folder.update_status(state=state)
+        folder.update_status(state=state, epoch=4)
     assert main(["sweep", str(file), "train.epochs=4", "--options=--gpus-per-node=2 --comment='a b'"]) == 0
     shown = capsys.readouterr().out
-    assert "0  finished   lr-1e-3_optim-sgd" in shown
-    assert "1  missing    lr-1e-3_optim-adam" in shown
-    assert "3  killed     lr-0.1_optim-adam" in shown
+    assert "0  finished    lr-1e-3_optim-sgd" in shown
+    assert "1  missing     lr-1e-3_optim-adam" in shown
+    assert "3  killed      lr-0.1_optim-adam" in shown
     script = ROOT / "slurm" / "sweep.sbatch"
     assert f"sbatch --gpus-per-node=2 '--comment=a b' --array=1,2,3 {script} {file} train.epochs=4\n" in shown
     assert not (tmp_path / "runs" / "rates" / "sweep.json").exists()
+    assert main(["sweep", str(file), "train.epochs=5"]) == 0
+    assert "0  unfinished  lr-1e-3_optim-sgd" in capsys.readouterr().out
 
 
 def test_an_element_is_what_main_py_is_called_with(
@@ -133,7 +145,7 @@ def test_an_element_is_what_main_py_is_called_with(
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path)
     own = ["run.dir=runs/rates", "run.name=lr-1e-3_optim-adam"]
-    settings = ["train.epochs=3", "optim.lr=1e-3", "optim.name=adam", "run.seed=4"]
+    settings = ["train.epochs=3", "run.seed=4", "optim.lr=1e-3", "optim.name=adam"]
     config = ["--config", str(ROOT / "configs" / "default.yaml")]
     assert main(["sweep", str(file), "run.seed=4", "--element", "1"]) == 0
     journal_only = "tracking.enabled=false"
@@ -142,7 +154,49 @@ def test_an_element_is_what_main_py_is_called_with(
     assert main(["sweep", str(file), "run.seed=4", "--element", "1"]) == 0
     assert capsys.readouterr().out.split("\0") == [*config, *settings, *own, ""]
     assert main(["sweep", str(file), "--element", "4"]) == 2
-    assert "accepted: 0 to 3" in capsys.readouterr().err
+    assert "element 4 is none of the sweep; accepted: 0, 1, 2, 3" in capsys.readouterr().err
+
+
+def test_a_number_means_the_same_run_whatever_becomes_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_folder(tmp_path / "runs" / "rates", read_sweep(write(tmp_path)))
+    file = write(tmp_path, GRID.replace("[1e-3, 0.1]", "[0.5, 0.1]"))
+    assert main(["sweep", str(file), "--element", "3"]) == 0
+    assert "run.name=lr-0.1_optim-adam" in capsys.readouterr().out
+    assert main(["sweep", str(file), "--element", "4"]) == 0
+    assert "run.name=lr-0.5_optim-sgd" in capsys.readouterr().out
+    assert main(["sweep", str(file), "--element", "0"]) == 2
+    assert "element 0 (lr-1e-3_optim-sgd) is not in its file any more; acc" in capsys.readouterr().err
+
+
+def test_what_slurm_has_in_its_queue_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (
+        ("squeue", 'printf "%s\\n" "17 1" "17 N/A" "99 2"'),
+        ("sbatch", "echo 17; echo $* >> submitted"),
+    ):
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    file = write(tmp_path)
+    assert main(["sweep", str(file), "--submit", "train.seed=3".replace("train", "run"), "--at-once=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "submitted as job 17" in shown
+    trained, published = (tmp_path / "submitted").read_text().splitlines()
+    assert trained.split()[:2] == ["--parsable", "--array=0,1,2,3%2"]
+    assert trained.endswith(f"{file} run.seed=3")
+    assert published.split()[:2] == ["--parsable", "--dependency=afterany:17"]
+    assert main(["sweep", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "1  queued      lr-1e-3_optim-adam" in shown
+    assert "--array=0,2,3 " in shown
+    assert main(["sweep", str(file), "--options=--array=1-2"]) == 2
 
 
 def test_a_wrong_setting_of_an_element_is_said_before_anything_is_submitted(
@@ -150,7 +204,8 @@ def test_a_wrong_setting_of_an_element_is_said_before_anything_is_submitted(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", str(write(tmp_path, GRID.replace("0.1", "-1"))), "--submit"]) == 2
-    assert "lr--1_optim-sgd" not in (error := capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert "lr--1_optim-sgd: " in error
     assert "optim.lr = -1" in error
     assert not (tmp_path / "runs").exists()
 
@@ -171,7 +226,8 @@ def test_a_folder_stays_the_same_sweep_and_is_never_a_runs(tmp_path: Path) -> No
     first = of_folder(folder)
     open_folder(folder, sweep)
     assert of_folder(folder) == first
-    assert first is not None and first["num_runs"] == 4
+    assert first is not None
+    assert first["names"] == first["numbered"] == [element.name for element in sweep.elements]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "journal.jsonl").touch()
     with pytest.raises(SweepError, match="is the folder of a run"):

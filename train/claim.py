@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.checkpoint import CheckpointError, Checkpoints, TrainingState
 from pipeline.config import Config
@@ -17,6 +15,7 @@ from pipeline.run_folder import (
     check_resumable,
     check_same_training,
     choose_run,
+    is_finished,
     training_lock,
 )
 from pipeline.tracking.journal import Journal
@@ -66,7 +65,9 @@ def claim_run(config: Config, config_name: str, launch: Launch, dataset_digest: 
         state = checkpoints.load_latest()
     except CheckpointError as error:
         raise RunError(str(error)) from error
-    check_resumable(folder, config, has_checkpoint=state is not None, launch_id=launch.run_id)
+    check_resumable(
+        folder, config, has_checkpoint=state is not None, launch_id=launch.run_id, is_requeued=launch.is_requeued
+    )
     if state is not None:
         check_same_training(folder, config, state.config, state.dataset_digest, dataset_digest)
     if not folder.path.exists():
@@ -79,11 +80,6 @@ def claim_run(config: Config, config_name: str, launch: Launch, dataset_digest: 
             f"the reason; run.max_attempts={num_fruitless + 1} or more tries again"
         )
     return Claim(folder, checkpoints, state, num_fruitless, is_finished(folder.status(), config))
-
-
-def is_finished(status: Mapping[str, Any], config: Config) -> bool:
-    """Whether nothing is left to train."""
-    return bool(status.get("state") == "finished" and status.get("epoch", 0) >= config.train.epochs)
 
 
 def _count_fruitless(folder: RunFolder, state: TrainingState | None) -> int:

@@ -19,10 +19,11 @@ from pipeline.run_folder import (
     check_resumable,
     check_same_training,
     is_being_trained,
+    is_finished,
     slurm_run_name,
+    wait_until_free,
 )
 from train import build
-from train.claim import is_finished
 
 
 def describe_plan(config: Config, launch: Launch, config_name: str) -> str:
@@ -72,8 +73,9 @@ def _check_run(config: Config, launch: Launch) -> str:
     if not folder.path.exists():
         check_resumable(folder, config, has_checkpoint=False)
         return "new"
-    if is_being_trained(folder) and launch.may_be_early:
-        return "an earlier attempt is still there: will wait for its end, and go on"
+    if launch.may_be_early:
+        # ranks that are cut off from the others end by themselves; here nobody waits for this one in vain
+        wait_until_free(folder, config.train.hang_timeout + 60)
     if is_being_trained(folder):
         raise RunError(
             f"run {folder.name} is being trained right now: wait for it, stop it, or choose another run.name"
@@ -82,7 +84,9 @@ def _check_run(config: Config, launch: Launch) -> str:
         state = build.build_checkpoints(config, folder).load_latest()
     except CheckpointError as error:
         raise RunError(str(error)) from error
-    check_resumable(folder, config, has_checkpoint=state is not None, launch_id=launch.run_id)
+    check_resumable(
+        folder, config, has_checkpoint=state is not None, launch_id=launch.run_id, is_requeued=launch.is_requeued
+    )
     if state is not None:  # whose dataset is not read here
         check_same_training(folder, config, state.config, state.dataset_digest, state.dataset_digest)
     status, step = folder.status(), state.position.global_step if state else 0

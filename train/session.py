@@ -150,7 +150,7 @@ class Attempt:
             [
                 {"kind": "run", "run_id": run_id, "name": folder.name, "experiment": experiment, "tracking_uri": uri}
                 | {"command": without_credentials(command_line()), "timestamp_ms": now_ms()}
-                | ({"sweep": sweep} if sweep else {}),
+                | ({"sweep": sweep} if sweep else {}),  # an element of it
                 {"kind": "params", "values": params},
                 {"kind": "tags", "values": tags},
                 {"kind": "dataset", "name": info.name, "digest": self.dataset.digest, "source": info.source, **sizes},

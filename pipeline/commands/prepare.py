@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.dataset:
         try:
             prepare_dataset(DATASETS[name], arguments.root, download=True)
-            print(f"{name}: in {arguments.root}, verified")
+            print(f"{name}: ready, and verified")
         except DataError as error:
             print(error, file=sys.stderr)
             exit_code = 1

@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """2 if a folder is no run folder, 1 if the page cannot be written; then nothing is."""
     try:
-        runs = read_runs(find_runs(arguments.run_dir))
+        folders = find_runs(arguments.run_dir)
+        if not folders:
+            raise RunError(f"{arguments.run_dir[0]}: a sweep without a run yet")
+        runs = read_runs(folders)
     except RunError as error:
         print(error, file=sys.stderr)
         return 2

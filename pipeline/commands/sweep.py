@@ -7,15 +7,15 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.config import CommandLine, Config, ConfigError, load_config
-from pipeline.run_folder import RunFolder, is_being_trained
-from pipeline.sweep import Element, Sweep, SweepError, open_folder, read_sweep, states
+from pipeline.run_folder import RunFolder, is_being_trained, is_finished
+from pipeline.sweep import Element, Sweep, SweepError, number, open_folder, queued, read_sweep
 
 HELP = "show which runs of a sweep are finished, and train the others as a Slurm job array"
-JOB = "JOB_ID"
-SLURM = Path(__file__).resolve().parents[2] / "slurm"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,95 +24,118 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--submit", action="store_true", help="submit what is missing, and behind it its publication")
     parser.add_argument("--options", default="", help="of sbatch for the runs, e.g. --options='--gpus-per-node=4'")
     parser.add_argument("--sync-options", default="", help="of sbatch for the publication")
-    parser.add_argument(
-        "--element", type=int, help="print the arguments of train/main.py for this one, NUL behind each"
-    )
+    parser.add_argument("--at-once", type=int, metavar="N", help="runs at the same time, at most")
+    parser.add_argument("--element", type=int, help="print this one's arguments of train/main.py, a NUL behind each")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0; 2: the sweep is wrong; 1: sbatch refused."""
     try:
-        sweep = read_sweep(arguments.file)
-        configs = [_check(sweep, element, arguments.settings) for element in sweep.elements]
-        folder = Path(configs[0].run.dir) / sweep.name
+        sweep = read_sweep(arguments.file, arguments.settings)
+        configs = {element.name: _check(sweep, element) for element in sweep.elements}
+        folder = Path(next(iter(configs.values())).run.dir) / sweep.name
         if arguments.element is not None:
-            return _print_element(sweep, arguments.element, configs, folder, arguments.settings)
-        missing = _show(sweep, folder)
-        if not missing:
-            print(f"nothing is missing; to compare: python -m pipeline report {folder}")
-            return 0
-        commands = _commands(arguments, folder, missing)
-        if arguments.submit:
-            open_folder(folder, sweep)
-            return _submit(*commands)
+            return _print_element(sweep, folder, arguments.element, configs)
+        return _show_and_submit(arguments, sweep, folder, configs)
     except SweepError as error:
         print(error, file=sys.stderr)
         return 2
-    print("to train what is missing, and then to publish and to compare all:")
-    for command in (*commands, ["python", "-m", "pipeline", "report", str(folder)]):
-        print(f"  {shlex.join(command)}")
-    return 0
 
 
-def _check(sweep: Sweep, element: Element, settings: list[str]) -> Config:
+def _check(sweep: Sweep, element: Element) -> Config:
     try:
-        return load_config(CommandLine(sweep.config, (*element.settings, *settings), dry_run=False))
+        return load_config(CommandLine(sweep.config, element.settings, dry_run=False))
     except ConfigError as error:
         raise SweepError(f"{element.name}: {error}") from error
 
 
-def _print_element(sweep: Sweep, index: int, configs: list[Config], folder: Path, settings: list[str]) -> int:
-    if not 0 <= index < len(sweep.elements):
-        raise SweepError(f"element {index}: accepted: 0 to {len(sweep.elements) - 1}")
-    open_folder(folder, sweep)
-    element, tracking = sweep.elements[index], configs[index].tracking
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
+def _print_element(sweep: Sweep, folder: Path, index: int, configs: Mapping[str, Config]) -> int:
+    numbered, settings = open_folder(folder, sweep), {element.name: element.settings for element in sweep.elements}
+    name = numbered[index] if 0 <= index < len(numbered) else None
+    if name is None or name not in settings:
+        known = ", ".join(str(number) for number, name in enumerate(numbered) if name in settings)
+        gone = f" ({name}) is not in its file any more" if name else " is none of the sweep"
+        raise SweepError(f"element {index}{gone}; accepted: {known}")
+    uri = configs[name].tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
     # a file on a shared disk is no database for many writers: then slurm/sync.sbatch publishes all, alone
     journal_only = [] if uri.startswith(("http://", "https://")) else ["tracking.enabled=false"]
-    given = ("--config", str(sweep.config), *journal_only, *element.settings, *settings)
-    own = (f"run.dir={folder}", f"run.name={element.name}")
-    sys.stdout.write("".join(f"{argument}\0" for argument in (*given, *own)))
+    own = (f"run.dir={folder}", f"run.name={name}")
+    given = ("--config", str(sweep.config), *journal_only, *settings[name], *own)
+    sys.stdout.write("".join(f"{argument}\0" for argument in given))
     return 0
 
 
-def _show(sweep: Sweep, folder: Path) -> list[int]:
-    """Print a table; the indices of what is neither finished nor being trained here."""
-    names = [element.name for element in sweep.elements]
-    missing = []
-    print(f"{sweep.name}: {len(names)} runs in {folder}")
-    for index, (name, state) in enumerate(zip(names, states(folder, names), strict=True)):
-        busy = state == "running" and is_being_trained(RunFolder(folder / name))
-        if state != "finished" and not busy:
+def _show_and_submit(arguments: argparse.Namespace, sweep: Sweep, folder: Path, configs: Mapping[str, Config]) -> int:
+    waiting, numbered, missing = queued(folder), number(folder, sweep), []
+    print(f"{sweep.name}: {len(sweep.elements)} runs in {folder}")
+    for name, config in configs.items():
+        index = numbered.index(name)
+        state = _state(RunFolder(folder / name), config, is_queued=index in waiting)
+        if state not in ("finished", "queued", "running"):
             missing.append(index)
-        print(f"  {index:3}  {'killed' if state == 'running' and not busy else state:<9}  {name}")
-    return missing
-
-
-def _commands(arguments: argparse.Namespace, folder: Path, missing: list[int]) -> tuple[list[str], list[str]]:
-    """Of sbatch: for the runs, and for their publication when they have ended."""
-    array = f"--array={','.join(map(str, missing))}"
-    train = [str(_shown(SLURM / "sweep.sbatch")), str(arguments.file), *arguments.settings]
-    sync = [f"--dependency=afterany:{JOB}", str(_shown(SLURM / "sync.sbatch")), str(folder)]
-    options, sync_options = shlex.split(arguments.options), shlex.split(arguments.sync_options)
-    return ["sbatch", *options, array, *train], ["sbatch", *sync_options, *sync]
-
-
-def _shown(path: Path) -> Path:
-    """As one would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _submit(train: list[str], sync: list[str]) -> int:
-    job = ""
-    for command in (train, sync):
-        command = [argument.replace(JOB, job) for argument in command]
-        try:
-            done = subprocess.run([command[0], "--parsable", *command[1:]], stdout=subprocess.PIPE, text=True)
-        except FileNotFoundError:
-            print("there is no sbatch here: call this on the login node of a Slurm cluster", file=sys.stderr)
-            return 1
-        if done.returncode != 0:
-            return 1
-        job = done.stdout.strip().partition(";")[0]
-        print(f"submitted as job {job}: {shlex.join(command)}")
+        print(f"  {index:3}  {state:<10}  {name}")
+    report = f"python -m pipeline report {shlex.quote(str(folder))}"
+    if not missing:
+        print(f"nothing is missing{' that is not queued' if waiting else ''}; to compare: {report}")
+        return 0
+    train = _train_command(arguments, missing)
+    sync = ["sbatch", *shlex.split(arguments.sync_options)]
+    publish = [_shown(ROOT / "slurm" / "sync.sbatch"), str(folder)]
+    if arguments.submit:
+        open_folder(folder, sweep)
+        return _submit(sweep, folder, train, sync, publish)
+    print("to train what is missing, then to publish it, and to compare all (--submit does the first two):")
+    print(f"  {shlex.join(train)}\n  {shlex.join([*sync, '--dependency=afterany:JOB_ID', *publish])}\n  {report}")
     return 0
+
+
+def _state(folder: RunFolder, config: Config, *, is_queued: bool) -> str:
+    status = folder.status()
+    state = str(status.get("state", "missing"))
+    if state == "finished":
+        return state if is_finished(status, config) else "unfinished"  # train.epochs grew
+    if state == "running" and is_being_trained(folder):
+        return state
+    if is_queued:
+        return "queued"
+    return "killed" if state == "running" else state
+
+
+def _train_command(arguments: argparse.Namespace, missing: list[int]) -> list[str]:
+    options = shlex.split(arguments.options)
+    if any(option.startswith(("--array", "-a")) for option in options):
+        raise SweepError("--options has --array, which is what is missing; --at-once limits how many run at a time")
+    at_once = f"%{arguments.at_once}" if arguments.at_once else ""
+    array = f"--array={','.join(map(str, missing))}{at_once}"
+    script = _shown(ROOT / "slurm" / "sweep.sbatch")
+    return ["sbatch", *options, array, script, str(arguments.file), *arguments.settings]
+
+
+def _shown(path: Path) -> str:
+    """As one would type it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _submit(sweep: Sweep, folder: Path, train: list[str], sync: list[str], publish: list[str]) -> int:
+    job = _sbatch(train)
+    if job is None:
+        return 1
+    open_folder(folder, sweep, job)
+    return 0 if _sbatch([*sync, f"--dependency=afterany:{job}", *publish]) else 1
+
+
+def _sbatch(command: list[str]) -> str | None:
+    """The job's id; None if there is none, with the reason printed."""
+    environment = {"CONVOY_ROOT": str(ROOT)} | os.environ
+    try:
+        done = subprocess.run(
+            [command[0], "--parsable", *command[1:]], stdout=subprocess.PIPE, text=True, env=environment
+        )
+    except FileNotFoundError:
+        print("there is no sbatch here: call this on the login node of a Slurm cluster", file=sys.stderr)
+        return None
+    if done.returncode != 0:
+        return None
+    job = done.stdout.strip().partition(";")[0]
+    print(f"submitted as job {job}: {shlex.join(command)}")
+    return job

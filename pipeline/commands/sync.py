@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.commands.publish import publish, start_logging
 from pipeline.credentials import without_credentials
 from pipeline.run_folder import RunFolder, is_being_trained
-from pipeline.sweep import find_all_runs, find_runs
+from pipeline.sweep import find_all_runs, find_runs, of_folder, queued
 from pipeline.tracking.journal import iterate
 from pipeline.tracking.progress import Progress
 
@@ -34,6 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
     """0: nothing is left; 1: something could not be published; 2: there is no such run."""
     start_logging()
     named = [RunFolder(path.absolute()) for path in find_runs(arguments.run_dir)]
+    sweeps = [path.absolute() for path in arguments.run_dir if of_folder(path)]
+    if empty := [path for path in sweeps if not find_runs([path])]:
+        print(f"{empty[0]}: a sweep without a run yet; the logs of its jobs say why", file=sys.stderr)
+        return 1
     missing = [folder for folder in named if not folder.journal.is_file()]
     for folder in missing:
         print(f"{folder.path}: no run folder (it has no journal.jsonl)", file=sys.stderr)
@@ -53,7 +58,24 @@ def run(arguments: argparse.Namespace) -> int:
             rows.append(row)
         exit_code = max(exit_code, 0 if succeeded else 1)
     print(format_table(rows) if rows else "nothing is left to publish")
-    return exit_code
+    return max([exit_code, *(0 if conclude(path, arguments.uri) else 1 for path in sweeps)])
+
+
+def conclude(sweep: Path, uri: str | None) -> bool:
+    """Give the MLflow run of a sweep its state, whatever its runs could not say of it; whether that was possible."""
+    runs = [RunFolder(path) for path in find_runs([sweep])]
+    is_under_way = queued(sweep) or any(run.status().get("state") == "running" for run in runs)
+    from pipeline.tracking import parents  # imports mlflow, as publishing has done
+    from pipeline.tracking.store import open_store
+
+    try:
+        record = next(record for record, _ in iterate(runs[0].journal, kinds=("run",)))
+        uri = uri or home_of(runs[0], record)
+        parents.show_state(open_store(uri), uri, runs[0], record, are_all_over=not is_under_way)
+    except Exception as error:
+        print(f"{sweep}: its state cannot be shown: {without_credentials(str(error))}", file=sys.stderr)
+        return False
+    return True
 
 
 def sync(folder: RunFolder, uri: str | None, *, only_if_left: bool) -> tuple[dict[str, str] | None, bool]:
@@ -65,7 +87,7 @@ def sync(folder: RunFolder, uri: str | None, *, only_if_left: bool) -> tuple[dic
     record = next((record for record, _ in iterate(folder.journal, kinds=("run",))), None)
     if record is None:  # killed before it recorded anything
         return (None, True) if only_if_left else (row | {"outcome": "nothing was recorded"}, True)
-    uri = uri or with_credentials(str(folder.status().get("tracking_uri", record["tracking_uri"])))
+    uri = uri or home_of(folder, record)
     if only_if_left and Progress(folder, uri).is_complete():
         return None, True
     succeeded, counts = publish(folder, uri, lambda: False)
@@ -74,6 +96,11 @@ def sync(folder: RunFolder, uri: str | None, *, only_if_left: bool) -> tuple[dic
     outcome = f"{what} to {where}" if succeeded else f"NOT all published to {where} (--uri names another server)"
     mlflow_id = str(Progress(folder, uri).get("mlflow_run_id") or "")
     return row | {"MLflow run": mlflow_id, **{c: f"{counts[c]:,}" for c in COLUMNS}, "outcome": outcome}, succeeded
+
+
+def home_of(folder: RunFolder, record: Mapping[str, Any]) -> str:
+    """The store that a run was meant for."""
+    return with_credentials(str(folder.status().get("tracking_uri", record["tracking_uri"])))
 
 
 def with_credentials(uri: str) -> str:

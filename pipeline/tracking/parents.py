@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,38 +10,57 @@ from typing import Any
 from mlflow import MlflowClient
 
 from pipeline.run_folder import RunFolder, locked
-from pipeline.sweep import find_runs, of_folder
+from pipeline.sweep import of_folder
+from pipeline.tracking.progress import Progress
 from pipeline.tracking.store import find_or_create_run
 
 PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 
 
-def attach(client: MlflowClient, uri: str, folder: RunFolder, record: dict[str, Any], run_id: str) -> str:
-    """Make the MLflow run `run_id` a child of its sweep's, by the `run` record of its journal; the parent's id."""
-    sweep = record["sweep"]
-    parent = {"run_id": sweep["run_id"], "name": sweep["name"], "timestamp_ms": sweep["timestamp_ms"]}
-    note = f"A sweep of {sweep['num_runs']} runs:\n\n```yaml\n{sweep['text'].strip()}\n```"
+def attach(client: MlflowClient, uri: str, folder: RunFolder, record: dict[str, Any], run_id: str) -> None:
+    """Make the MLflow run `run_id` a child of its sweep's, by the `run` record of its journal."""
     with _one_at_a_time(folder.path.parent):
-        parent_id, _ = find_or_create_run(
-            client, uri, parent | {"experiment": record["experiment"], "tags": {NOTE_TAG: note}}
-        )
-    client.set_tag(run_id, PARENT_TAG, parent_id)
+        client.set_tag(run_id, PARENT_TAG, _find_or_create(client, uri, folder, record))
+
+
+def show_state(
+    client: MlflowClient, uri: str, folder: RunFolder, record: dict[str, Any], *, are_all_over: bool = False
+) -> None:
+    """Behind a change of a run's state in MLflow: running until all runs of the sweep are finished, or have failed.
+
+    With `are_all_over` those that are neither will not go on by themselves, and it has failed.
+    """
+    sweep = of_folder(folder.path.parent)
+    if sweep is None:  # a run folder that was copied out of it
+        return
+    with _one_at_a_time(folder.path.parent):  # whoever comes last sees the states of all
+        parent_id = _find_or_create(client, uri, folder, record)
+        states = [Progress(RunFolder(folder.path.parent / name), uri).get("shown") for name in sweep["names"]]
+        status = _status(states, are_all_over)
+        if status == "RUNNING":
+            client.update_run(parent_id, status=status)
+        else:
+            client.set_terminated(parent_id, status)
+
+
+def _status(states: Iterable[str | None], are_all_over: bool) -> str:
+    known = set(states)
+    if known == {"finished"}:
+        return "FINISHED"
+    return "FAILED" if are_all_over or known <= {"finished", "failed"} else "RUNNING"
+
+
+def _find_or_create(client: MlflowClient, uri: str, folder: RunFolder, record: dict[str, Any]) -> str:
+    """Also one that was deleted meanwhile. Its description is the file of the sweep as it is now."""
+    sweep = of_folder(folder.path.parent) or record["sweep"]
+    parent = {key: record["sweep"][key] for key in ("run_id", "name", "timestamp_ms")}
+    parent_id, _ = find_or_create_run(client, uri, parent | {"experiment": record["experiment"]})
+    note = f"A sweep of {len(sweep['names'])} runs:\n\n```yaml\n{sweep['text'].strip()}\n```"
+    client.set_tag(parent_id, NOTE_TAG, note)
     return parent_id
 
 
 def _one_at_a_time(sweep_folder: Path) -> AbstractContextManager[None]:
     """Publishers of the same sweep; nothing for a run folder that was copied out of it."""
     return locked(sweep_folder / ".sweep.lock") if of_folder(sweep_folder) else nullcontext()
-
-
-def show_state(client: MlflowClient, folder: RunFolder, parent_id: str) -> None:
-    """Running until all runs of the sweep have ended; then finished if all are, failed otherwise."""
-    sweep = of_folder(folder.path.parent)
-    if sweep is None:
-        return
-    states = [RunFolder(path).status().get("state") for path in find_runs([folder.path.parent])]
-    if len(states) < sweep["num_runs"] or not {"finished", "failed"}.issuperset(states):
-        client.update_run(parent_id, status="RUNNING")
-    else:
-        client.set_terminated(parent_id, "FAILED" if "failed" in states else "FINISHED")

@@ -142,12 +142,12 @@ class Publisher:
                 )
                 self._progress.forget()
             if not self._progress.get("mlflow_run_id"):
-                record, _ = next(iterate(self._folder.journal, kinds=("run",)))
+                record = self._run_record()
                 is_element = "sweep" in record
                 name = f"{record['sweep']['name']}/{record['name']}" if is_element else record["name"]
                 run_id, experiment_id = find_or_create_run(client, self._uri, record | {"name": name})
                 if is_element:
-                    self._progress.store(parent=parents.attach(client, self._uri, self._folder, record, run_id))
+                    parents.attach(client, self._uri, self._folder, record, run_id)
                 self._progress.store(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
             self._name_run()
             self._client = client
@@ -176,9 +176,13 @@ class Publisher:
             client.update_run(self._run_id, status=MLFLOW_STATUS[state])
         else:
             client.set_terminated(self._run_id, MLFLOW_STATUS[state], end_time)
-        if parent_id := self._progress.get("parent"):
-            parents.show_state(client, self._folder, parent_id)
         self._progress.store(shown=state, described=None)
+        record = self._run_record()
+        if "sweep" in record:
+            parents.show_state(client, self._uri, self._folder, record)
+
+    def _run_record(self) -> Record:
+        return next(iterate(self._folder.journal, kinds=("run",)))[0]
 
     def _show_death(self, client: MlflowClient, is_training_alive: Callable[[], bool]) -> bool:
         """Whether the training is gone without a last word; it ended when it recorded its last."""

@@ -52,7 +52,6 @@ def find_or_create_run(client: MlflowClient, uri: str, record: dict[str, Any]) -
     run_id = record["run_id"]
     if not _find_runs(client, experiment_id, run_id):
         tags = {RUN_ID_TAG: run_id, "mlflow.source.name": "convoy", "mlflow.source.type": "LOCAL"}
-        tags |= record.get("tags", {})
         start = record.get("timestamp_ms")  # of the training, however late it is published
         client.create_run(experiment_id, start, tags, record["name"])
     # more than one if the server was so late with an earlier request that it was given up

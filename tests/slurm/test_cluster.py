@@ -147,7 +147,7 @@ def test_nothing_is_left_of_a_stopped_cluster(cluster_folder: Path, separate_net
         poll(lambda: _runs(cluster, job, "sleep"), SECONDS, cluster.logs)
         processes = cluster.processes()
         inside = namespaces([process.pid for process in processes]) - namespaces([psutil.Process().pid])
-        assert len(inside) == 8 if separate_networks else 6
+        assert len(inside) == (8 if separate_networks else 6)
     assert alive(processes) == []
     assert not inside & namespaces(psutil.pids())
     assert str(cluster_folder) not in Path("/proc/mounts").read_text()

@@ -43,6 +43,7 @@ exit "${FAKE_SRUN_CODE:-0}"
 """
 SCONTROL = """#!/bin/bash
 case $1 in
+    --oneliner) echo "JobId=$SLURM_JOB_ID $FAKE_JOB Restarts=${SLURM_RESTART_COUNT:-0} BatchFlag=1" ;;
     show) printf '%s\\n' localhost second ;;
     requeue) echo "$2" >> requeued ;;
 esac
@@ -231,12 +232,22 @@ def test_an_end_to_requeueing(job: Job) -> None:
 
 
 def test_the_last_element_of_an_array_requeues_itself_and_not_the_array(job: Job) -> None:
-    job.environment |= {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}
+    job.environment |= {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2", "FAKE_JOB": "ArrayTaskId=2"}
     job.leaves("preempted", "17_2-0")
     job.environment["FAKE_SRUN_CODE"] = "1"
     assert job.run() == 0
     assert job.requeued() == ["17_2"]
     assert "requeueing job 17_2" in job.log("17_2")
+
+
+def test_what_a_job_inherits_of_the_job_that_submitted_it_is_not_its_own(job: Job) -> None:
+    job.environment |= {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "2", "job": "mine", "warned": "1"}
+    job.leaves("preempted")
+    job.environment["FAKE_SRUN_CODE"] = "1"
+    assert job.run() == 0
+    assert job.requeued() == ["17"]
+    assert "job 17, restart 0" in job.log("17")
+    assert "warned" not in job.log("17")
 
 
 def test_a_folder_without_the_program_is_named(job: Job) -> None:
@@ -263,10 +274,10 @@ def test_a_container_is_put_before_all_that_needs_python(job: Job) -> None:
     (checkout / "slurm").mkdir(parents=True)
     shutil.copy(ROOT / "slurm" / "common.sh", checkout / "slurm")
     (checkout / "slurm" / "site.env").write_text('container=(enter --bind "/a b")\n')
-    job.stand_in("enter", '#!/bin/bash\necho "$*" >> entered\nexec "${@:3}"\n')
+    job.stand_in("enter", '#!/bin/bash\necho "$3" >> entered\nexec "${@:3}"\n')
     job.environment["CONVOY_ROOT"] = str(checkout)
     assert job.run() == 0
-    assert [line.split()[3] for line in (job.folder / "entered").read_text().splitlines()] == ["python", "python"]
+    assert (job.folder / "entered").read_text().split() == ["python", "python"]
     assert job.srun()[job.srun().index("torchrun") - 3 :][:4] == ["enter", "--bind", "/a b", "torchrun"]
 
 

@@ -55,7 +55,7 @@ def test_a_failed_element_stops_no_other_and_only_it_is_trained_again(empty_clus
         return parent.info.status, {run.info.run_name: run.info.status for run in children}
 
     five = {f"rates/lr-{rate}": "FINISHED" for rate in RATES[:5]}
-    assert published() == ("RUNNING", five)
+    assert published() == ("FAILED", five)
     pipeline(empty_cluster, tmp_path, "report", "runs/rates", "--out", "page.html")
     page = (tmp_path / "page.html").read_text()
     assert [rate for rate in RATES if f"lr-{rate}" in page] == list(RATES[:5])

@@ -21,7 +21,7 @@ PATIENCE = 240.0
 """Seconds for whatever a job is waited for; its start alone takes some 20 on a machine that is busy."""
 ENVIRONMENT = {"CONVOY_ROOT": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 SHORT = ("train.reproducible=true",)
-LONG = (*SHORT, "train.epochs=60", "checkpoint.every_steps=10", "checkpoint.keep=2")
+LONG = (*SHORT, "train.epochs=80", "checkpoint.every_steps=10", "checkpoint.keep=2")
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +90,32 @@ def world_sizes(folder: Path) -> list[str]:
     return [str(value) for values in tags for key, value in values.items() if key.endswith("world_size")]
 
 
-@pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 2)])
-def test_any_nodes_and_ranks_end_with_the_weights_of_one_process(
-    empty_cluster: Cluster, tmp_path: Path, short: Path, nodes: int, ranks: int
+def test_two_nodes_of_two_ranks_end_with_the_weights_of_one_process(
+    empty_cluster: Cluster, tmp_path: Path, short: Path
 ) -> None:
-    job = submit(empty_cluster, tmp_path, (f"--nodes={nodes}", f"--cpus-per-task={ranks}"), *SHORT)
+    job = submit(empty_cluster, tmp_path, ("--nodes=2", "--cpus-per-task=2"), *SHORT)
     wait_for_end(empty_cluster, tmp_path, job)
-    assert world_sizes(tmp_path) == [str(nodes * ranks)]
+    assert world_sizes(tmp_path) == ["4"]
     assert_nothing_lost(tmp_path, short)
+
+
+def test_two_jobs_of_two_ranks_at_once_on_one_node_do_not_meet(
+    empty_cluster: Cluster, tmp_path: Path, short: Path
+) -> None:
+    """With GPUs that torch does not see, which is said."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    options = ("--nodelist=n1", "--cpus-per-task=2", "--gpus-per-node=1")
+    jobs = [submit(empty_cluster, folder, options, *SHORT) for folder in folders]
+    for job in jobs:
+        empty_cluster.wait_for(job, "RUNNING", timeout=PATIENCE)
+    assert [empty_cluster.state(job) for job in jobs] == ["RUNNING", "RUNNING"]
+    for job, folder in zip(jobs, folders, strict=True):
+        wait_for_end(empty_cluster, folder, job)
+        assert world_sizes(folder) == ["2"]
+        assert_nothing_lost(folder, short)
+    assert [f"GPUs were granted ({gpu})" in log(folders[gpu], jobs[gpu]) for gpu in (0, 1)] == [True, True]
 
 
 def test_a_warning_that_comes_with_the_last_step_requeues_nothing(
