@@ -63,15 +63,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 def conclude(sweep: Path, uri: str | None) -> bool:
     """Give the MLflow run of a sweep its state, whatever its runs could not say of it; whether that was possible."""
-    runs = [RunFolder(path) for path in find_runs([sweep])]
+    runs = [RunFolder(path.absolute()) for path in find_runs([sweep])]
     is_under_way = queued(sweep) or any(run.status().get("state") == "running" for run in runs)
     from pipeline.tracking import parents  # imports mlflow, as publishing has done
     from pipeline.tracking.store import open_store
 
     try:
-        record = next(record for record, _ in iterate(runs[0].journal, kinds=("run",)))
-        uri = uri or home_of(runs[0], record)
-        parents.show_state(open_store(uri), uri, runs[0], record, are_all_over=not is_under_way)
+        for run in runs:
+            record = next(record for record, _ in iterate(run.journal, kinds=("run",)))
+            store = uri or home_of(run, record)
+            client = open_store(store)
+            if mlflow_id := Progress(run, store).get("mlflow_run_id"):
+                parents.attach(client, store, run, record, mlflow_id)  # again, should the parent have been deleted
+        parents.show_state(client, store, run, record, are_all_over=not is_under_way)
     except Exception as error:
         print(f"{sweep}: its state cannot be shown: {without_credentials(str(error))}", file=sys.stderr)
         return False

@@ -89,6 +89,6 @@ class Progress:
     def _read(self) -> dict[str, Any]:
         try:
             known: dict[str, Any] = json.loads(self._path.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return {}
         return known
