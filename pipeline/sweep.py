@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import math
@@ -102,9 +103,12 @@ class SweepFile(BaseModel):
     def _check(self) -> SweepFile:
         if (self.grid is None) == (self.random is None):
             raise ValueError("accepted: one of grid and random")
-        unknown = [key for key in self.keys() if key not in FIELDS or key in ("run.name", "run.dir")]
-        if unknown:
-            raise ValueError(f"{', '.join(unknown)}: accepted: keys of configs/default.yaml but run.name and run.dir")
+        for key in self.keys():
+            if key in ("run.name", "run.dir"):
+                raise ValueError(f"{key}: cannot be swept; each run is named by its values")
+            if key not in FIELDS:
+                close = difflib.get_close_matches(key, FIELDS, 1)
+                raise ValueError(f"{key}: unknown key{f'; did you mean {close[0]}?' if close else ''}")
         return self
 
     def keys(self) -> list[str]:
@@ -130,6 +134,8 @@ class Sweep:
     name: str
     config: Path
     text: str
+    settings: tuple[str, ...]
+    """Of all its runs, besides those of its file."""
     elements: tuple[Element, ...]
 
 
@@ -154,7 +160,7 @@ def read_sweep(path: Path, settings: Sequence[str] = ()) -> Sweep:
         raise SweepError(
             f"{path}: {', '.join(twice)} would be there twice; accepted: points that differ in their names"
         )
-    return Sweep(path.stem, path.parent / content.config, text, tuple(elements))
+    return Sweep(path.stem, path.parent / content.config, text, tuple(settings), tuple(elements))
 
 
 def check_settings(path: Path, points: Sequence[dict[str, str]], settings: Sequence[str]) -> None:
@@ -198,6 +204,7 @@ def open_folder(folder: Path, sweep: Sweep, job: str | None = None) -> list[str]
             known = of_folder(folder) or {"run_id": uuid.uuid4().hex, "timestamp_ms": time.time_ns() // 1_000_000}
             names, numbered = [element.name for element in sweep.elements], number(folder, sweep)
             jobs = [*known.get("jobs", []), *([job] if job else [])]
+            known |= {"settings": list(sweep.settings)}
             content = {"name": sweep.name, "names": names, "numbered": numbered, "jobs": jobs, "text": sweep.text}
             temporary = folder / ".writing-sweep.json"
             temporary.write_text(json.dumps(known | content, indent=1) + "\n")
@@ -205,6 +212,17 @@ def open_folder(folder: Path, sweep: Sweep, job: str | None = None) -> list[str]
     except OSError as error:
         raise SweepError(f"{folder} cannot be the folder of the sweep: {error}") from error
     return numbered
+
+
+def settle_settings(folder: Path, given: Sequence[str]) -> list[str]:
+    """Those that it was submitted with, if none are given; its runs are to be alike. Raises SweepError for others."""
+    known: list[str] = (of_folder(folder) or {}).get("settings", list(given))
+    if given and sorted(given) != sorted(known):
+        raise SweepError(
+            f"{folder} was trained with {' '.join(known) or 'no settings besides its file'}, not with "
+            f"{' '.join(given)}: leave them out to go on as before, or copy the file of the sweep to another name"
+        )
+    return known
 
 
 def number(folder: Path, sweep: Sweep) -> list[str]:
@@ -228,8 +246,8 @@ def queued(folder: Path) -> set[int]:
 
 
 def of_folder(folder: Path) -> dict[str, Any] | None:
-    """What makes it the folder of a sweep: run_id, name, timestamp_ms, text of the file, names of its runs, numbered
-    (names of all it ever had), jobs. None if it is none."""
+    """What makes it the folder of a sweep: run_id, name, timestamp_ms, text of the file, settings besides, names of its
+    runs, numbered (names of all it ever had), jobs. None if it is none."""
     try:
         loaded: dict[str, Any] = json.loads((folder / FOLDER_FILE).read_bytes())
     except (OSError, ValueError):

@@ -25,6 +25,8 @@ if [[ /dev/stdout -ef /dev/null ]]; then # else --output was given to sbatch
     exec >>"$logs/slurm-$job.log" 2>&1
 fi
 
+echo "job $job on $(hostname), $(date '+%F %T')"
+
 root=$(cd "$root" && pwd) || exit
 container=() # what site.env may put before every command that needs Python
 if [[ -f $root/slurm/site.env ]]; then

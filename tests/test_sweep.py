@@ -68,8 +68,8 @@ def test_points_drawn_at_random_stay_when_more_are_drawn_and_are_within_their_ra
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("optim.lr:", "optim.learn:", "optim.learn: accepted: keys of configs/default.yaml"),
-        ("optim.lr:", "run.name:", "run.name: accepted: keys of configs/default.yaml but run.name and run.dir"),
+        ("optim.lr:", "optim.learn:", "optim.learn: unknown key; did you mean optim."),
+        ("optim.lr:", "run.name:", "run.name: cannot be swept; each run is named by its values"),
         ("[1e-3, 0.1]", "[]", "grid.optim.lr: "),
         ("[1e-3, 0.1]", "[0.1, 0.1]", "lr-0.1_optim-sgd would be there twice"),
         ("grid:", "points:", "points: unknown; docs/slurm.md and configs/sweeps/ show"),
@@ -153,7 +153,7 @@ def test_an_element_is_what_main_py_is_called_with(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert main(["sweep", str(file), "run.seed=4", "--element", "1"]) == 0
     assert capsys.readouterr().out.split("\0") == [*config, *settings, *own, ""]
-    assert main(["sweep", str(file), "--element", "4"]) == 2
+    assert main(["sweep", str(file), "run.seed=4", "--element", "4"]) == 2
     assert "element 4 is none of the sweep; accepted: 0, 1, 2, 3" in capsys.readouterr().err
 
 
@@ -196,6 +196,9 @@ def test_what_slurm_has_in_its_queue_is_not_missing(
     shown = capsys.readouterr().out
     assert "1  queued      lr-1e-3_optim-adam" in shown
     assert "--array=0,2,3 " in shown
+    assert f"{file} run.seed=3\n" in shown  # with the settings that it was submitted with
+    assert main(["sweep", str(file), "run.seed=4"]) == 2
+    assert "was trained with run.seed=3, not with run.seed=4" in capsys.readouterr().err
     assert main(["sweep", str(file), "--options=--array=1-2"]) == 2
 
 

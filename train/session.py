@@ -190,9 +190,13 @@ class Attempt:
                 f"behind step {self.output.saved_step or 0}"
             )
         self.output.end("preempted", f"stopped {reason} behind step {step}")
-        self.last_lines = [
-            f"stopped {reason} behind step {step}, all saved; to continue, the same command with run.name={name}"
-        ]
+        if of_folder(self.output.folder.path.parent):
+            how = "; to continue, submit its sweep again"
+        elif os.environ.get("CONVOY_STOP_FILE", "no file") in reason:  # the batch job that made it says what follows
+            how = ""
+        else:
+            how = f"; to continue, the same command with run.name={name}"
+        self.last_lines = [f"stopped {reason} behind step {step}, all saved{how}"]
 
     def fail(self, cause: BaseException) -> None:
         if self.output is None:
@@ -224,6 +228,8 @@ class Attempt:
                 logger.info("%s", line)
         if self.config.tracking.enabled:
             logger.info("%s", describe_opening(folder, progress, published=published))
+        elif of_folder(folder.path.parent):
+            logger.info("tracking is off; publish the sweep with: %s", sync_command(RunFolder(folder.path.parent)))
         else:
             logger.info("tracking is off; publish the run with: %s", sync_command(folder))
         if self.config.data.dataset == "digits":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config import CommandLine, Config, ConfigError, load_config
 from pipeline.run_folder import RunFolder, is_being_trained, is_finished
-from pipeline.sweep import Element, Sweep, SweepError, number, open_folder, queued, read_sweep
+from pipeline.sweep import Element, Sweep, SweepError, number, open_folder, queued, read_sweep, settle_settings
 
 HELP = "show which runs of a sweep are finished, and train the others as a Slurm job array"
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,15 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0; 2: the sweep is wrong; 1: sbatch refused."""
     try:
+        folder = _folder(read_sweep(arguments.file, arguments.settings))
+        arguments.settings = settle_settings(folder, arguments.settings)
         sweep = read_sweep(arguments.file, arguments.settings)
         configs = {element.name: _check(sweep, element) for element in sweep.elements}
-        folder = Path(next(iter(configs.values())).run.dir) / sweep.name
         if arguments.element is not None:
             return _print_element(sweep, folder, arguments.element, configs)
         return _show_and_submit(arguments, sweep, folder, configs)
     except SweepError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def _folder(sweep: Sweep) -> Path:
+    return Path(_check(sweep, sweep.elements[0]).run.dir) / sweep.name
 
 
 def _check(sweep: Sweep, element: Element) -> Config:

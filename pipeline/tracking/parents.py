@@ -29,7 +29,7 @@ def show_state(
 ) -> None:
     """Behind a change of a run's state in MLflow: running until all runs of the sweep are finished, or have failed.
 
-    With `are_all_over` those that are neither will not go on by themselves, and it has failed.
+    With `are_all_over` those that are neither will not go on by themselves: it was stopped, or has failed.
     """
     sweep = of_folder(folder.path.parent)
     if sweep is None:  # a run folder that was copied out of it
@@ -48,6 +48,8 @@ def _status(states: Iterable[str | None], are_all_over: bool) -> str:
     known = set(states)
     if known == {"finished"}:
         return "FINISHED"
+    if are_all_over and known <= {"finished", "preempted"}:
+        return "KILLED"
     return "FAILED" if are_all_over or known <= {"finished", "failed"} else "RUNNING"
 
 
@@ -56,7 +58,8 @@ def _find_or_create(client: MlflowClient, uri: str, folder: RunFolder, record: d
     sweep = of_folder(folder.path.parent) or record["sweep"]
     parent = {key: record["sweep"][key] for key in ("run_id", "name", "timestamp_ms")}
     parent_id, _ = find_or_create_run(client, uri, parent | {"experiment": record["experiment"]})
-    note = f"A sweep of {len(sweep['names'])} runs:\n\n```yaml\n{sweep['text'].strip()}\n```"
+    settings = f", with {' '.join(sweep['settings'])}" if sweep.get("settings") else ""
+    note = f"A sweep of {len(sweep['names'])} runs{settings}:\n\n```yaml\n{sweep['text'].strip()}\n```"
     client.set_tag(parent_id, NOTE_TAG, note)
     return parent_id
 
