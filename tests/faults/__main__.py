@@ -38,7 +38,7 @@ KINDS = {
     kind.round.__name__: kind
     for kind in (
         Kind(rounds.kill_ranks, 80, "kill -9 of a rank, or of all, anywhere, up to three times", SAME),
-        Kind(rounds.kill_ranks_under_torchrun, 40, "the same, started by torchrun", SAME),
+        Kind(rounds.kill_ranks_under_torchrun, 50, "the same, started by torchrun", SAME),
         Kind(
             rounds.kill_in_save,
             1000,
