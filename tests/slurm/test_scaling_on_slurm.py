@@ -11,7 +11,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster, poll
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "scaling.sbatch"

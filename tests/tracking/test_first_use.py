@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from tests.tracking.history import differences, find_runs, recorded_history, stored_history
 from tests.tracking.recording import ROOT
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 NUM_TRAININGS = 3
 OPEN = "import sys; from pipeline.tracking.store import open_store; open_store(sys.argv[1]).search_experiments()"

@@ -16,7 +16,7 @@ from tests.tracking.history import find_runs
 from tests.tracking.kill_campaign import VICTIMS, Verdict, draw_kills, kill_and_resume
 from tests.tracking.recording import ROOT, sync
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 NUM_RANKS = {0: 1, 1: 1, 2: 1, 3: 2}
 """Of the run with each seed."""

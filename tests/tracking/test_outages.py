@@ -19,7 +19,7 @@ from tests.tracking.history import differences, find_runs, recorded_history, sto
 from tests.tracking.recorder import NOT_ALL_PUBLISHED
 from tests.tracking.recording import BEGINS, ENDS, PATIENCE, Recording, sync
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 GONE_AFTER = 45.0
 """Seconds after the end of its training when a publisher has to be gone.
