@@ -37,7 +37,7 @@ from benchmarks.harness import (
     write_results,
 )
 from benchmarks.records import measure_journal, measure_publisher
-from pipeline.tracking.journal import read_journal
+from pipeline.run.journal import read_journal
 
 MIB = 2**20
 TIMEOUT = 600.0

@@ -40,7 +40,7 @@ from benchmarks.harness import (
 )
 from benchmarks.programs.convoy import convoy_settings, read_convoy_run
 from benchmarks.programs.same_training import LEARNING_RATES, Training
-from pipeline.tracking.journal import read_journal
+from pipeline.run.journal import read_journal
 
 PEERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "plain": ("plain_ddp", ("torchvision",)),

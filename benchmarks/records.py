@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from pipeline.run_folder import RunFolder
-from pipeline.tracking.journal import Journal
+from pipeline.run.folder import RunFolder
+from pipeline.run.journal import Journal
 
 KEYS = ("train/loss", "train/accuracy", "train/lr", "perf/images_per_second")
 NUM_CALLS = 1000

@@ -32,7 +32,7 @@ from benchmarks.harness import (
 )
 from benchmarks.programs.convoy import convoy_settings, read_convoy_run
 from benchmarks.programs.same_training import Training
-from pipeline.tracking.journal import read_journal
+from pipeline.run.journal import read_journal
 
 WAYS = {"as it is": (), "reproducible": ("train.reproducible=true",)}
 

@@ -40,7 +40,7 @@ from benchmarks.programs.convoy import convoy_settings
 from benchmarks.programs.same_training import Training
 from benchmarks.scaling_figure import draw_scaling
 from benchmarks.scaling_runs import Case, Run, Runs, find_efficiencies, find_splits, rates, read_run, tabulate
-from pipeline.tracking.journal import read_journal
+from pipeline.run.journal import read_journal
 
 MODES = ("weak", "strong")
 DEFAULTS = {"cpu": {"batch": 32, "steps": 200, "epochs": 1}, "cuda": {"batch": 2048, "steps": 50, "epochs": 10}}

@@ -40,7 +40,7 @@ from benchmarks.harness import (
     torchrun,
     write_results,
 )
-from pipeline.tracking.journal import read_journal
+from pipeline.run.journal import read_journal
 
 SCRIPT = "fifteen_lines"
 PROGRAMS = ("convoy", SCRIPT)

@@ -35,7 +35,7 @@ from benchmarks.harness import (
     torchrun,
     write_results,
 )
-from pipeline.tracking.journal import read_journal
+from pipeline.run.journal import read_journal
 
 RESERVED = ("run.dir", "run.name", "run.seed", "tracking.enabled")
 """Keys that are set here for each seed."""

@@ -47,7 +47,7 @@ from benchmarks.harness import (
 )
 from benchmarks.programs.convoy import convoy_settings
 from benchmarks.programs.same_training import Training
-from pipeline.run_folder import RunFolder
+from pipeline.run.folder import RunFolder
 from tests.servers import Fault, FaultyProxy, MlflowServer, PostgresServer
 from tests.tracking.history import differences, find_runs, recorded_history, stored_history
 from tests.tracking.recording import publisher_pid

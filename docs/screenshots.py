@@ -19,9 +19,9 @@ from selenium.webdriver import Chrome
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.run_folder import RunFolder  # noqa: E402
-from pipeline.tracking.report.comparison import read_runs  # noqa: E402
-from pipeline.tracking.report.links import LOCAL_SERVER, find_stores  # noqa: E402
+from pipeline.report.comparison import read_runs  # noqa: E402
+from pipeline.report.links import LOCAL_SERVER, find_stores  # noqa: E402
+from pipeline.run.folder import RunFolder  # noqa: E402
 from tests.browser import all_of, open_browser, wait_for  # noqa: E402
 from tests.mlflow_pages import (  # noqa: E402
     close_assistant,

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from pipeline.distributed import start_rank
-from pipeline.launch import Launch
+from pipeline.base.launch import Launch
+from pipeline.parallel.rendezvous import start_rank
 
 TIMEOUT = 120.0
 """Seconds for all ranks together; the suite shares two cores with whatever else runs."""

@@ -19,9 +19,9 @@ from selenium.webdriver.common.by import By
 
 from pipeline.__main__ import main
 from pipeline.config import FIELDS
-from pipeline.run_folder import RunFolder
-from pipeline.tracking.report.comparison import read_runs
-from pipeline.tracking.report.links import LOCAL_SERVER, find_stores
+from pipeline.report.comparison import read_runs
+from pipeline.report.links import LOCAL_SERVER, find_stores
+from pipeline.run.folder import RunFolder
 from tests.browser import all_of, missing_for_browser, open_browser, read_console, wait_for, with_text
 from tests.mlflow_pages import (
     all_rows,

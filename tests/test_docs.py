@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.config import FIELDS
-from pipeline.run_folder import RunFolder
+from pipeline.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

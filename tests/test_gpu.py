@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from pipeline.communication import replicate
-from pipeline.communication.ddp import new_stream
-from pipeline.distributed import Rank, start_rank
-from pipeline.launch import Launch
+from pipeline.base.launch import Launch
+from pipeline.parallel.ddp import new_stream
+from pipeline.parallel.rank import Rank
+from pipeline.parallel.rendezvous import start_rank
+from pipeline.parallel.replicas import replicate
 from tests.train.helpers import config_of, flat_weights, make_trainer
-from train.static_step import StaticStep
-from train.step import EagerStep
+from train.steps.captured import StaticStep
+from train.steps.eager import EagerStep
 from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]

@@ -12,24 +12,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "train").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
-LEAVES = {
-    "pipeline.config",
-    "pipeline.credentials",
-    "pipeline.distributed",
-    "pipeline.launch",
-    "pipeline.seeding",
-    "pipeline.run_folder",
-    "pipeline.sweep",
-    "pipeline.preemption",
-    "pipeline.timing",
-}
-"""What any room of the pipeline may import."""
-LEAVES_OF_LEAVES = {
-    "pipeline.run_folder": {"pipeline.config"},
-    "pipeline.sweep": {"pipeline.config", "pipeline.run_folder"},
-    "pipeline.distributed": {"pipeline.launch"},
-}
-"""What these import of ours; the other leaves nothing."""
+FLOORS = (
+    ("train",),
+    ("pipeline.__main__",),
+    ("pipeline.commands",),
+    ("pipeline.checks",),
+    ("pipeline.tracking", "pipeline.report"),
+    ("pipeline.figures",),
+    ("pipeline.learning",),
+    ("pipeline.data",),
+    ("pipeline.run",),
+    ("pipeline.parallel",),
+    ("pipeline.models",),
+    ("pipeline.config",),
+    ("pipeline.base",),
+)
+"""The rooms from the top of the house to its ground. A room imports only from floors below its own."""
 
 
 def module_name(path: Path) -> str:
@@ -37,9 +35,14 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def floor(module: str) -> int:
+    """Return the floor of the room that holds `module`, counted from the top."""
+    return next(i for i, rooms in enumerate(FLOORS) if any(f"{module}.".startswith(f"{room}.") for room in rooms))
+
+
 def room(module: str) -> str:
-    """A module of the pipeline, or the package it belongs to."""
-    return ".".join(module.split(".")[:2])
+    """Return the name of the room that holds `module`."""
+    return next(room for rooms in FLOORS for room in rooms if f"{module}.".startswith(f"{room}."))
 
 
 def imports(path: Path) -> set[str]:
@@ -58,22 +61,23 @@ def ours(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_doors(path: Path) -> None:
+def test_a_room_imports_only_from_floors_below(path: Path) -> None:
     module = module_name(path)
-    if module.startswith("train"):
-        assert not any(name.startswith(("pipeline.commands", "pipeline.tracking.publisher")) for name in ours(path))
+    if module == "pipeline":
         return
-    assert not any(name.split(".")[0] == "train" for name in imports(path)), "pipeline never imports train"
-    if room(module) in ("pipeline.commands", "pipeline.__main__"):
-        return  # they put the other rooms together
-    allowed = {room(module), "pipeline"} | (LEAVES_OF_LEAVES.get(module, set()) if module in LEAVES else LEAVES)
-    assert {room(name) for name in ours(path)} <= allowed
+    others = {name for name in ours(path) if name not in ("train", "pipeline") and room(name) != room(module)}
+    assert {name for name in others if floor(name) <= floor(module)} == set()
+
+
+def test_a_training_imports_neither_commands_nor_tracking() -> None:
+    names = {name for path in SOURCES if module_name(path).startswith("train") for name in ours(path)}
+    assert not [name for name in names if name.startswith(("pipeline.commands", "pipeline.tracking"))]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_launch_reads_the_launchers_variables_and_tracking_knows_no_ranks(path: Path) -> None:
     module, text = module_name(path), path.read_text()
-    if module != "pipeline.launch":
+    if module != "pipeline.base.launch":
         assert not any(f'"{name}"' in text for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if module.startswith("pipeline.tracking"):
         assert "torch.distributed" not in text
@@ -92,7 +96,7 @@ def test_what_a_training_does_not_import() -> None:
     code = (
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pipeline.timing import StartupTimer\n"
+        "from pipeline.base.startup import StartupTimer\n"
         "from train.main import main\n"
         "at_first_step = []\n"
         "StartupTimer.after_step = lambda self, output, step: at_first_step.extend(sys.modules)\n"

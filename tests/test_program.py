@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.data.datasets import DATASETS, load_dataset
+from pipeline.data.sources.datasets import DATASETS, load_dataset
 from tests.servers import free_port, mlflow_server
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def main_with_fault(folder: Path, fault: str) -> Path:
 import os, pathlib, sys, time
 sys.path[0] = {str(ROOT)!r}
 from train.main import main
-from train.step import EagerStep
+from train.steps.eager import EagerStep
 
 step, rank = EagerStep.__call__, int(os.environ["RANK"])
 

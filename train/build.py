@@ -12,41 +12,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.checkpoint import Checkpoints
-from pipeline.communication import replicate, replicate_by_shards
-from pipeline.communication.ddp import new_stream
-from pipeline.communication.shards import Shards
+from pipeline.base.launch import Launch
+from pipeline.base.seeding import stream_seed
+from pipeline.base.signals import StopRequest
+from pipeline.base.startup import StartupTimer
+from pipeline.base.timing import PhaseTimer, build_timer
 from pipeline.config import Config
 from pipeline.data.augment import Augment
-from pipeline.data.datasets import (
-    DATASETS,
-    Dataset,
-    DatasetInfo,
-    ImageSet,
-    obtain_dataset,
-    synthetic_info,
-)
-from pipeline.data.loading import Loader, Normalize, ResidentLoader, StreamedLoader
-from pipeline.data.sampler import BlockSampler, GlobalOrderSampler
-from pipeline.data.sharing import share_on_node
-from pipeline.distributed import Rank, start_rank
-from pipeline.launch import Launch
-from pipeline.losses import LOSSES
-from pipeline.models import build_model
-from pipeline.optim import Schedule, build_optimizer
-from pipeline.precision import Precision
-from pipeline.preemption import StopRequest
-from pipeline.run_folder import RunFolder
-from pipeline.seeding import stream_seed
-from pipeline.timing import PhaseTimer, StartupTimer, build_timer
-from train.choices import choose
+from pipeline.data.inputs import Loader
+from pipeline.data.order import BlockSampler, GlobalOrderSampler
+from pipeline.data.packed import share_on_node
+from pipeline.data.resident import ResidentLoader
+from pipeline.data.sources.datasets import DATASETS, Dataset, DatasetInfo, ImageSet, obtain_dataset, synthetic_info
+from pipeline.data.streamed import StreamedLoader
+from pipeline.learning.evaluation import Evaluator
+from pipeline.learning.losses import LOSSES
+from pipeline.learning.optim import Schedule, build_optimizer
+from pipeline.learning.precision import Precision
+from pipeline.models.catalog import build_model
+from pipeline.models.normalize import Normalize
+from pipeline.parallel.ddp import new_stream
+from pipeline.parallel.ordered import Shards
+from pipeline.parallel.rank import Rank
+from pipeline.parallel.rendezvous import start_rank
+from pipeline.parallel.replicas import replicate, replicate_by_shards
+from pipeline.run.checkpoint import Checkpoints
+from pipeline.run.folder import RunFolder
 from train.display import BarDisplay, Display, LineDisplay, NoDisplay
-from train.evaluation import Evaluator
+from train.execution import choose
 from train.output import RunOutput
 from train.profiling import NoProfiler, StepProfiler
-from train.shard_step import ShardStep
-from train.static_step import StaticStep
-from train.step import EagerStep, Step, StepParts
+from train.steps.captured import StaticStep
+from train.steps.eager import EagerStep, Step, StepParts
+from train.steps.ordered import ShardStep
 from train.trainer import Trainer
 
 CAUSE_FIRST = 5.0

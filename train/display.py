@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from pipeline.metrics import Evaluation
-from pipeline.timing import Straggler
+from pipeline.learning.metrics import Evaluation
+from pipeline.learning.stragglers import Straggler
 
 logger = logging.getLogger("convoy")
 RECORDS_PER_TIMES = 10

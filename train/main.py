@@ -17,19 +17,20 @@ if __package__ in (None, ""):
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from pipeline.base.launch import Launch
+from pipeline.base.logs import start_logging
+from pipeline.base.signals import StopRequest, listen_for_stop
+from pipeline.base.startup import StartupTimer
 from pipeline.config import CommandLine, Config, ConfigError, Problem, load_config, parse_command_line
-from pipeline.data.datasets import DataError
-from pipeline.distributed import Rank, RemoteError, is_lost_connection, start_logging
-from pipeline.launch import Launch
-from pipeline.precision import NonFiniteError
-from pipeline.preemption import StopRequest, listen_for_stop
-from pipeline.run_folder import RunError
-from pipeline.timing import StartupTimer
+from pipeline.data.sources.datasets import DataError
+from pipeline.learning.precision import NonFiniteError
+from pipeline.parallel.rank import Rank, RemoteError, is_lost_connection
+from pipeline.run.folder import RunError
 from train import build
-from train.contradictions import find_contradictions
-from train.plan import describe_plan
-from train.session import DIGITS_NOTE, Session, open_session
-from train.watchdog import build_looks, watching, watching_launcher
+from train.attempt.plan import describe_plan
+from train.attempt.session import DIGITS_NOTE, Session, open_session
+from train.attempt.watchdog import build_looks, watching, watching_launcher
+from train.checks import find_contradictions
 
 
 @record

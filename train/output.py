@@ -11,11 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeline.checkpoint import Checkpoints, TrainingState, save_atomically
-from pipeline.credentials import without_credentials
-from pipeline.run_folder import RunFolder, State
-from pipeline.tracking.journal import KILLED, Journal
-from train.evaluation import Evaluator
+from pipeline.base.credentials import without_credentials
+from pipeline.learning.evaluation import Evaluator
+from pipeline.run.checkpoint import Checkpoints, TrainingState, save_atomically
+from pipeline.run.folder import RunFolder, State
+from pipeline.run.journal import KILLED, Journal
 
 NUM_SLIDE_IMAGES = 16
 REASON_LENGTH = 500

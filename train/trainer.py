@@ -9,22 +9,24 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline.checkpoint import Best, Position, TrainingState
+from pipeline.base.signals import StopRequest
+from pipeline.base.startup import StartupTimer
+from pipeline.base.timing import PhaseTimer
 from pipeline.config import Config
-from pipeline.data.loading import Loader
-from pipeline.distributed import Rank, RemoteError
-from pipeline.metrics import Evaluation, PendingRecord, TrainMeter
-from pipeline.optim import Schedule
-from pipeline.precision import NonFiniteError, Precision
-from pipeline.preemption import StopRequest
-from pipeline.timing import PhaseTimer, StartupTimer, find_straggler, mean_times
-from train.ballot import Ballot
+from pipeline.data.inputs import Loader
+from pipeline.learning.evaluation import Evaluator, Interrupted
+from pipeline.learning.metrics import Evaluation, PendingRecord, TrainMeter
+from pipeline.learning.optim import Schedule
+from pipeline.learning.precision import NonFiniteError, Precision
+from pipeline.learning.stragglers import find_straggler, mean_times
+from pipeline.parallel.rank import Rank, RemoteError
+from pipeline.run.checkpoint import Best, Position, TrainingState
+from train.agreement import Ballot
 from train.display import Display
-from train.evaluation import Evaluator, Interrupted
 from train.output import RunOutput
 from train.profiling import Profiler
 from train.pulse import Pulse
-from train.step import Step
+from train.steps.eager import Step
 
 NUM_SLIDES = 32
 """Of predictions over a training, at most."""

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness import print_result
-from pipeline.distributed import Rank, start_rank
-from pipeline.launch import Launch
+from pipeline.base.launch import Launch
+from pipeline.parallel.rank import Rank
+from pipeline.parallel.rendezvous import start_rank
 
 KIB = 2**10
 SIZES = tuple(4 * KIB * 4**power for power in range(8))

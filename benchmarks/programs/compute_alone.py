@@ -18,10 +18,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from benchmarks.harness import print_result
 from benchmarks.programs.same_training import EpochClock, Training, parse_training, steady_rate
-from pipeline.distributed import Rank, start_rank
-from pipeline.launch import Launch
-from pipeline.losses import LOSSES
-from pipeline.precision import Precision
+from pipeline.base.launch import Launch
+from pipeline.learning.losses import LOSSES
+from pipeline.learning.precision import Precision
+from pipeline.parallel.rank import Rank
+from pipeline.parallel.rendezvous import start_rank
 
 Step = Callable[[], None]
 

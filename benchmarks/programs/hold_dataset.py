@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.harness import ROOT, print_result
+from pipeline.base.launch import Launch
 from pipeline.config import Config, load_config, parse_command_line
-from pipeline.data.datasets import Dataset
-from pipeline.distributed import Rank, start_rank
-from pipeline.launch import Launch
+from pipeline.data.sources.datasets import Dataset
+from pipeline.parallel.rank import Rank
+from pipeline.parallel.rendezvous import start_rank
 from train.build import build_data
 
 EVAL_SHARE = 6

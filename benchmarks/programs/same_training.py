@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 
 from benchmarks.harness import print_result
 from pipeline.config import OptimConfig
-from pipeline.data.datasets import DATASETS, DatasetInfo, ImageSet, load_dataset, synthetic_info
-from pipeline.models import build_model
-from pipeline.optim import build_optimizer
+from pipeline.data.sources.datasets import DATASETS, DatasetInfo, ImageSet, load_dataset, synthetic_info
+from pipeline.learning.optim import build_optimizer
+from pipeline.models.catalog import build_model
 
 LEARNING_RATES = {"adadelta": 0.5, "sgd": 0.01}
 MOMENTUM = {"adadelta": 0.0, "sgd": 0.9}

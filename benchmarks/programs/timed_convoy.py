@@ -18,15 +18,17 @@ from typing import Any
 import torch
 
 from benchmarks.harness import ROOT, print_result
+from pipeline.base.launch import Launch
+from pipeline.base.logs import start_logging
+from pipeline.base.signals import StopRequest
+from pipeline.base.startup import StartupTimer
+from pipeline.base.timing import PhaseTimer, build_timer
 from pipeline.config import CommandLine, Config
-from pipeline.distributed import Rank, start_logging
-from pipeline.launch import Launch
-from pipeline.preemption import StopRequest
-from pipeline.timing import PhaseTimer, StartupTimer, build_timer
+from pipeline.parallel.rank import Rank
 from train import build
+from train.attempt.session import Session, open_session
 from train.main import read_config
 from train.output import FolderOutput
-from train.session import Session, open_session
 from train.trainer import Trainer
 
 WARM_UP_EPOCHS = 1

@@ -15,16 +15,16 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import ROOT, print_result
-from pipeline.distributed import start_logging
-from pipeline.launch import Launch
-from pipeline.preemption import StopRequest
-from pipeline.run_folder import RunFolder
-from pipeline.timing import StartupTimer
-from pipeline.tracking.journal import Journal
+from pipeline.base.launch import Launch
+from pipeline.base.logs import start_logging
+from pipeline.base.signals import StopRequest
+from pipeline.base.startup import StartupTimer
+from pipeline.run.folder import RunFolder
+from pipeline.run.journal import Journal
 from train import build
+from train.attempt.session import open_session
 from train.main import read_config
 from train.output import FolderOutput
-from train.session import open_session
 
 METHODS = {
     Journal: ("metrics", "append", "append_all", "status", "sync"),

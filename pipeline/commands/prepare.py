@@ -16,7 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0; 1: one of them cannot be had; 2: there is no such dataset."""
-    from pipeline.data.datasets import DATASETS, DataError, prepare_dataset  # torch, which no other command waits for
+    from pipeline.data.sources.datasets import (  # torch, which no other command waits for
+        DATASETS,
+        DataError,
+        prepare_dataset,
+    )
 
     if unknown := [name for name in arguments.dataset if name not in DATASETS]:
         print(f"{', '.join(unknown)}: unknown; accepted: {', '.join(DATASETS)}", file=sys.stderr)

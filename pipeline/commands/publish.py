@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.run_folder import RunFolder, is_being_trained, locked
-from pipeline.tracking.process import ignore_stop_signals
+from pipeline.base.files import locked
+from pipeline.base.signals import ignore_stop_signals
+from pipeline.run.folder import RunFolder
+from pipeline.run.locks import is_being_trained
 
 HELP = "publish one run's journal to MLflow (what a training starts by itself)"
 
@@ -82,8 +84,8 @@ def load_network(run_folder: Path, record: dict[str, Any]) -> Any:
     """The network of a `model` record on the CPU, in eval mode, taking float32 pixels in 0..255."""
     import torch
 
-    from pipeline.data.loading import Normalize
-    from pipeline.models import build_model
+    from pipeline.models.catalog import build_model
+    from pipeline.models.normalize import Normalize
 
     network = build_model(
         record["name"], record["channels"], record["image_size"], record["num_classes"], record["arguments"]

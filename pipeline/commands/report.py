@@ -8,10 +8,10 @@ import uuid
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.run_folder import RunError
-from pipeline.sweep import find_runs
-from pipeline.tracking.report.comparison import read_runs
-from pipeline.tracking.report.links import Store, find_stores
+from pipeline.report.comparison import read_runs
+from pipeline.report.links import Store, find_stores
+from pipeline.run.folder import RunError
+from pipeline.run.sweep import find_runs
 
 HELP = "write one HTML page that compares runs, from their folders alone"
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     except RunError as error:
         print(error, file=sys.stderr)
         return 2
-    from pipeline.tracking.report.page import render  # imports jinja2, which the other commands need not wait for
+    from pipeline.report.page import render  # imports jinja2, which the other commands need not wait for
 
     stores = find_stores(runs)
     page = render(runs, stores, at=datetime.now())

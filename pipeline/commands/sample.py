@@ -10,9 +10,9 @@ import time
 from functools import partial
 from pathlib import Path
 
+from pipeline.base.signals import ignore_stop_signals
 from pipeline.commands.publish import start_logging
-from pipeline.tracking.process import host_name, ignore_stop_signals
-from pipeline.tracking.system import Sampler, follow
+from pipeline.run.node_metrics import Sampler, follow, host_name
 
 HELP = "sample CPU, memory, disk, network and GPUs of this node into a run folder (what a training starts by itself)"
 

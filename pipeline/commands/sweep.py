@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.config import CommandLine, Config, ConfigError, load_config
-from pipeline.run_folder import RunFolder, is_being_trained, is_finished
-from pipeline.sweep import Element, Sweep, SweepError, number, open_folder, queued, read_sweep, settle_settings
+from pipeline.run.folder import RunFolder
+from pipeline.run.locks import is_being_trained
+from pipeline.run.resume import is_finished
+from pipeline.run.sweep import number, open_folder, queued, settle_settings
+from pipeline.run.sweep_file import Element, Sweep, SweepError, read_sweep
 
 HELP = "show which runs of a sweep are finished, and train the others as a Slurm job array"
 ROOT = Path(__file__).resolve().parents[2]

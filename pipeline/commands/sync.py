@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.credentials import without_credentials
 from pipeline.commands.publish import publish, start_logging
-from pipeline.credentials import without_credentials
-from pipeline.run_folder import RunFolder, is_being_trained
-from pipeline.sweep import find_all_runs, find_runs, of_folder, queued
-from pipeline.tracking.journal import iterate
-from pipeline.tracking.progress import Progress
+from pipeline.run.folder import RunFolder
+from pipeline.run.journal import iterate
+from pipeline.run.locks import is_being_trained
+from pipeline.run.published import Progress
+from pipeline.run.sweep import find_all_runs, find_runs, of_folder, queued
 
 HELP = "publish to MLflow what is in the journals of runs and not there yet; safe to repeat; tries each for 30 s"
 COLUMNS = ("points", "params", "tags", "files", "models")
@@ -65,7 +66,7 @@ def conclude(sweep: Path, uri: str | None) -> bool:
     """Give the MLflow run of a sweep its state, whatever its runs could not say of it; whether that was possible."""
     runs = [RunFolder(path.absolute()) for path in find_runs([sweep])]
     is_under_way = queued(sweep) or any(run.status().get("state") == "running" for run in runs)
-    from pipeline.tracking import parents  # imports mlflow, as publishing has done
+    from pipeline.tracking import sweep_run as parents  # imports mlflow, as publishing has done
     from pipeline.tracking.store import open_store
 
     try:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.seeding import stream_seed
+from pipeline.base.seeding import stream_seed
 
 LOW_BITS = 2**31 - 1
 

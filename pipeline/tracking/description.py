@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.journal import iterate
+from pipeline.run.journal import iterate
 
 Record = Mapping[str, Any]
 RESUMED = re.compile(r"resume\.\d+\.(.+)")

@@ -20,11 +20,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from pipeline.credentials import without_credentials
-from pipeline.run_folder import RunFolder
-from pipeline.tracking import parents
-from pipeline.tracking.journal import KILLED, iterate, last_moment
-from pipeline.tracking.progress import Progress
+from pipeline.base.credentials import without_credentials
+from pipeline.run.folder import RunFolder
+from pipeline.run.journal import KILLED, iterate, last_moment
+from pipeline.run.published import Progress
+from pipeline.tracking import sweep_run as parents
 from pipeline.tracking.store import find_or_create_run, is_refusal, open_store, run_exists
 from pipeline.tracking.uploads import TAG_LENGTH, LoadModel, Uploads
 

@@ -8,7 +8,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.run_folder import locked
+from pipeline.base.files import locked
 
 RUN_ID_TAG = "convoy.run_id"
 

@@ -14,12 +14,12 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from pipeline.credentials import without_credentials
-from pipeline.run_folder import RunFolder
-from pipeline.tracking.artifacts import draw_evaluation, draw_filters, draw_history, draw_samples
+from pipeline.base.credentials import without_credentials
+from pipeline.figures.of_run import draw_evaluation, draw_filters, draw_history, draw_samples
+from pipeline.run.folder import RunFolder
+from pipeline.run.published import Progress
 from pipeline.tracking.description import describe_run
-from pipeline.tracking.models import file_digest, log_model, register, tie_to_metrics
-from pipeline.tracking.progress import Progress
+from pipeline.tracking.model_registry import file_digest, log_model, register, tie_to_metrics
 
 Record = dict[str, Any]
 LoadModel = Callable[[Path, Record], Any]

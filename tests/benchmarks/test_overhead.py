@@ -13,7 +13,7 @@ import torch
 from benchmarks import overhead
 from benchmarks.harness import clean_environment, parse_result, run_command, torchrun
 from benchmarks.programs.timed_convoy import Call, LoopClock, NoTimer, log_timer, replay, time_timer
-from pipeline.timing import HostTimer
+from pipeline.base.timing import HostTimer
 
 
 class Nested:

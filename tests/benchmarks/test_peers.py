@@ -22,8 +22,8 @@ from benchmarks.programs.same_training import (
     torchvision_datasets,
 )
 from pipeline.config import load_config, parse_command_line
-from pipeline.data.datasets import load_dataset
-from pipeline.tracking.journal import Journal, read_journal
+from pipeline.data.sources.datasets import load_dataset
+from pipeline.run.journal import Journal, read_journal
 
 ROOT = Path(__file__).parents[2]
 CONVOY, PLAIN_0, PLAIN_1 = Variant("convoy"), Variant("plain", 0), Variant("plain", 1)

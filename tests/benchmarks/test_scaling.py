@@ -16,7 +16,7 @@ from benchmarks import prediction, scaling, scaling_figure, scaling_runs
 from benchmarks.harness import BenchmarkError, Spread, clean_environment, parse_result, run_command, torchrun
 from benchmarks.prediction import Ring, Timing, fit_ring
 from benchmarks.scaling_runs import Case
-from pipeline.timing import PHASES
+from pipeline.base.timing import PHASES
 
 
 def options_of(*arguments: str) -> scaling.Options:

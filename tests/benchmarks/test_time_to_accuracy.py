@@ -14,7 +14,7 @@ from benchmarks import time_to_accuracy
 from benchmarks.harness import BenchmarkError
 from benchmarks.time_to_accuracy import SeedRun, Summary
 from pipeline.config import load_config, parse_command_line
-from pipeline.tracking.journal import Journal, read_journal
+from pipeline.run.journal import Journal, read_journal
 
 ROOT = Path(__file__).parents[2]
 

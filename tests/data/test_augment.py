@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pipeline.base.timing import HostTimer
 from pipeline.data.augment import Augment
-from pipeline.data.loading import Normalize, ResidentLoader, StreamedLoader
-from pipeline.data.sampler import GlobalOrderSampler
-from pipeline.timing import HostTimer
+from pipeline.data.order import GlobalOrderSampler
+from pipeline.data.resident import ResidentLoader
+from pipeline.data.streamed import StreamedLoader
+from pipeline.models.normalize import Normalize
 from tests.ranks import run_ranks
 from tests.train.helpers import losses
 

@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import datasets, download, idx
-from pipeline.data.datasets import (
+from pipeline.data.sources import datasets, download, idx
+from pipeline.data.sources.datasets import (
     DATASETS,
     DataError,
     Dataset,
@@ -731,5 +731,5 @@ def test_every_announcement_is_consistent() -> None:
 
 
 def test_importing_costs_neither_torchvision_nor_scikit_learn() -> None:
-    code = "import sys, pipeline.data.datasets; sys.exit(bool({'torchvision', 'sklearn'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(datasets.__file__).parents[2]).returncode == 0
+    code = "import sys, pipeline.data.sources.datasets; sys.exit(bool({'torchvision', 'sklearn'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(datasets.__file__).parents[3]).returncode == 0

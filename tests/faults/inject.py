@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import Checkpoints, load_checkpoint
-from pipeline.communication.node_average import NodeAverage
-from pipeline.communication.shards import Shards
-from pipeline.metrics import EvaluationMeter, TrainMeter
-from pipeline.precision import Precision
-from train.shard_step import ShardStep
-from train.step import EagerStep, StepParts
+from pipeline.learning.metrics import EvaluationMeter, TrainMeter
+from pipeline.learning.precision import Precision
+from pipeline.parallel.node_sum import NodeAverage
+from pipeline.parallel.ordered import Shards
+from pipeline.run.checkpoint import Checkpoints, load_checkpoint
+from train.steps.eager import EagerStep, StepParts
+from train.steps.ordered import ShardStep
 from train.trainer import Trainer
 
 PLACES: dict[str, list[tuple[type, str]]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tests.faults.inject import Fault, inject
-from train import ballot
+from train import agreement as ballot
 from train.main import main
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from pipeline.checkpoint import CheckpointError, _fingerprint
-from pipeline.data.idx import DEBIAN_FASHION_MNIST
-from pipeline.run_folder import RunFolder
+from pipeline.data.sources.idx import DEBIAN_FASHION_MNIST
+from pipeline.run.checkpoint import CheckpointError, _fingerprint
+from pipeline.run.folder import RunFolder
 from tests.faults.inject import Fault, random_fault
 from tests.faults.pickles import MALICIOUS, write_malicious
 from tests.faults.trainings import (

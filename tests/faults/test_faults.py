@@ -67,7 +67,7 @@ def test_the_campaign_sees_what_is_lost(context: Context, tmp_path: Path, monkey
 def test_a_checkpoint_that_no_manifest_covers_would_be_noticed(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.checkpoint._verify", lambda path: None)
+    monkeypatch.setattr("pipeline.run.checkpoint._verify", lambda path: None)
     lost = []
     for index in range(40):
         folder = tmp_path / str(index)

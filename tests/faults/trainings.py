@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
+from pipeline.base.launch import Launch
+from pipeline.base.signals import listen_for_stop
+from pipeline.base.startup import StartupTimer
 from pipeline.config import CommandLine
-from pipeline.distributed import Rank
-from pipeline.launch import Launch
-from pipeline.preemption import listen_for_stop
-from pipeline.timing import StartupTimer
+from pipeline.parallel.rank import Rank
 from tests.faults.inject import Fault, inject
 from tests.ranks import RankFailed, run_ranks
 from tests.train.helpers import DEFAULT, config_of
-from train import ballot
+from train import agreement as ballot
 from train.main import train
 from train.trainer import Trainer
 

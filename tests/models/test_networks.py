@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.config import FIELDS
-from pipeline.models import NETWORKS, build_model, describe_layers
+from pipeline.models.catalog import NETWORKS, build_model, describe_layers
 
 Row = tuple[str, str, tuple[int, ...], int]
 

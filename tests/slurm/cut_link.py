@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.checkpoint import CheckpointError, load_checkpoint
+from pipeline.run.checkpoint import CheckpointError, load_checkpoint
 from tests.slurm.cluster import Cluster, poll, start_cluster
 from tests.slurm.test_training import (
     LONG,

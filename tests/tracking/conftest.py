@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run_folder import RunFolder
-from pipeline.tracking.journal import Journal
+from pipeline.run.folder import RunFolder
+from pipeline.run.journal import Journal
 from pipeline.tracking.store import open_store
 
 

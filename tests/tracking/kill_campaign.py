@@ -28,7 +28,7 @@ from typing import Literal
 import psutil
 from mlflow import MlflowClient
 
-from pipeline.run_folder import RunFolder
+from pipeline.run.folder import RunFolder
 from tests.servers import server_environment
 from tests.tracking.history import differences, find_runs, recorded_history, stored_history
 from tests.tracking.recording import ROOT, publisher_pid

@@ -13,9 +13,10 @@ import select
 import sys
 from pathlib import Path
 
-from pipeline.run_folder import RunFolder, training_lock
-from pipeline.tracking.journal import Journal, now_ms
-from pipeline.tracking.process import PublisherProcess
+from pipeline.run.folder import RunFolder
+from pipeline.run.journal import Journal, now_ms
+from pipeline.run.locks import training_lock
+from train.attempt.sidecars import PublisherProcess
 
 STEP_SECONDS = 0.04
 NOT_ALL_PUBLISHED = 3

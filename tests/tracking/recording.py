@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from pipeline.run_folder import RunFolder
+from pipeline.run.folder import RunFolder
 from tests.servers import MlflowServer
 from tests.tracking.history import recorded_history
 from tests.tracking.recorder import NOT_ALL_PUBLISHED

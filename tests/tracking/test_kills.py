@@ -59,8 +59,8 @@ def test_a_training_killed_between_its_last_two_words_is_finished_when_it_is_run
         f"""
 import os, sys
 sys.path[0] = {str(ROOT)!r}
-from pipeline.run_folder import RunFolder
-from pipeline.tracking.journal import Journal
+from pipeline.run.folder import RunFolder
+from pipeline.run.journal import Journal
 from train.main import main
 
 def dies_behind(function):

@@ -21,8 +21,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.commands.publish import publish
-from pipeline.run_folder import RunFolder
-from pipeline.tracking.journal import KILLED, Journal
+from pipeline.run.folder import RunFolder
+from pipeline.run.journal import KILLED, Journal
 from pipeline.tracking.publisher import Publisher, follow
 from pipeline.tracking.store import open_store
 from tests.servers import MlflowServer, reserved_port

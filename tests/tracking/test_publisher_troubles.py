@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.commands.publish import publish
-from pipeline.run_folder import RunFolder
-from pipeline.tracking.journal import Journal
+from pipeline.run.folder import RunFolder
+from pipeline.run.journal import Journal
 from pipeline.tracking.publisher import Publisher
 from tests.servers import mlflow_server
 from tests.tracking.test_publisher import history, no_model, the_run

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import TrainingState
+from pipeline.base.signals import StopRequest
+from pipeline.base.startup import StartupTimer
 from pipeline.config import CommandLine, Config, load_config
-from pipeline.data.datasets import Dataset, ImageSet
-from pipeline.distributed import Rank
-from pipeline.preemption import StopRequest
-from pipeline.timing import StartupTimer
+from pipeline.data.sources.datasets import Dataset, ImageSet
+from pipeline.learning.evaluation import Evaluator
+from pipeline.parallel.rank import Rank
+from pipeline.run.checkpoint import TrainingState
 from train.build import build_data, build_trainer
-from train.evaluation import Evaluator
 from train.trainer import Trainer
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.communication import replicate
 from pipeline.config import OptimConfig
-from pipeline.data.loading import ResidentLoader
-from pipeline.distributed import Rank
-from pipeline.optim import build_optimizer
+from pipeline.data.resident import ResidentLoader
+from pipeline.learning.optim import build_optimizer
+from pipeline.parallel.rank import Rank
+from pipeline.parallel.replicas import replicate
 from tests.ranks import run_ranks
 from tests.train.helpers import config_of, flat_weights, losses, make_trainer
-from train.static_step import StaticStep
-from train.step import EagerStep
+from train.steps.captured import StaticStep
+from train.steps.eager import EagerStep
 from train.trainer import Trainer
 
 NO_DROPOUT = ("model.dropout=0", "model.dropout2d=0")

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.distributed import Rank
-from pipeline.metrics import Evaluation
+from pipeline.learning.evaluation import Evaluator
+from pipeline.learning.metrics import Evaluation
+from pipeline.parallel.rank import Rank
 from tests.ranks import run_ranks
 from tests.train.helpers import config_of, make_trainer
 from tests.train.test_resume import run
-from train.evaluation import Evaluator
 
 SLOW = 1.0
 """Seconds, far more than what a step does besides its phases."""

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.communication.shards import open_shards
+from pipeline.base.launch import Launch
 from pipeline.config import ConfigError
-from pipeline.distributed import Rank
-from pipeline.launch import Launch
+from pipeline.parallel.ordered import open_shards
+from pipeline.parallel.rank import Rank
 from tests.faults.trainings import state
 from tests.ranks import run_ranks
 from tests.train.helpers import config_of
 from tests.train.test_resume import assert_same_run, run
-from train import contradictions
-from train.shard_step import ShardStep
+from train import checks as contradictions
+from train.steps.ordered import ShardStep
 
 REPRODUCIBLE = ("train.reproducible=true", "checkpoint.every_steps=3", "data.random_crop=2", "data.eval_batch_size=4")
 

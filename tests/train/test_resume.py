@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.data.loading import Batch
-from pipeline.distributed import Rank
+from pipeline.data.inputs import Batch
+from pipeline.parallel.rank import Rank
 from tests.faults.trainings import history, settings_of, state, train_as_rank
 from tests.ranks import RankFailed, run_ranks
-from train.step import EagerStep, Step
+from train.steps.eager import EagerStep, Step
 
 
 def run(

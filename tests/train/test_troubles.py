@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run_folder import RunError, RunFolder, check_same_training
+from pipeline.run.folder import RunError, RunFolder
+from pipeline.run.resume import check_same_training
 from tests.faults.inject import Fault
 from tests.faults.trainings import history, state, train_forked
 from tests.train.helpers import config_of

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.distributed import Rank
-from pipeline.preemption import StopRequest
-from train.watchdog import PHASES, Launcher, StopFiles, Watchdog
+from pipeline.base.signals import StopRequest
+from pipeline.parallel.rank import Rank
+from train.attempt.watchdog import PHASES, Launcher, StopFiles, Watchdog
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,8 +24,8 @@ def run_watched(body: str, timeout: float = 0.5, *, in_backward: bool = False) -
     program = f"""
     import sys, time
     import torch
-    from pipeline.distributed import Rank
-    from pipeline.precision import Precision
+    from pipeline.parallel.rank import Rank
+    from pipeline.learning.precision import Precision
     from train import watchdog
     from train.pulse import Pulse
 
@@ -74,7 +74,7 @@ def test_every_phase_is_told_from_the_others() -> None:
 
 def test_one_that_waits_for_others_lets_them_speak_first() -> None:
     body = """
-    from pipeline.distributed import PendingSum
+    from pipeline.parallel.rank import PendingSum
     class Late:
         def wait(self): time.sleep(1.5)
     PendingSum(torch.zeros(1), Late(), waits_on_device=False).values()
@@ -148,7 +148,7 @@ def test_a_training_that_does_not_leave_after_its_launcher_is_ended() -> None:
     done = run_watched(
         """
         watchdog.GRACE = 0.2
-        from pipeline.preemption import StopRequest
+        from pipeline.base.signals import StopRequest
         launcher = watchdog.Launcher(1_000_000_000, StopRequest())
         with watchdog.watching(launcher.look):
             time.sleep(20)

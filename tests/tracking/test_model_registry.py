@@ -1,0 +1,131 @@
+"""The logged model: once, tied to its evaluation, and champion only where it is better."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from pipeline.run.folder import RunFolder
+from pipeline.run.journal import Journal
+from pipeline.tracking.publisher import Publisher
+
+NAME = "digits classifier"
+
+
+class Run:
+    """A run folder whose journal holds one evaluated model; the network is a constant, quick to export."""
+
+    def __init__(self, root: Path, name: str, **metrics: float):
+        self.folder = RunFolder(root / "runs" / name)
+        self.folder.path.mkdir(parents=True)
+        self.folder.config.write_text("run: {}\n")
+        self.weights = self.folder.path / "best.pt"
+        self.weights.write_bytes(name.encode())
+        self.journal = Journal(self.folder.journal)
+        self.journal.append("run", run_id=name, name=name, experiment="test", tracking_uri="unused")
+        self.journal.status("running")
+        self.journal.metrics(metrics, 7)
+        self.journal.metrics({"eval/accuracy": 0.123}, 9)  # the last evaluation, which is not that of the model
+
+    def record(self, *, register: str | None = NAME, metric: str = "eval/accuracy", digest: str = "d1") -> None:
+        shape = {"channels": 1, "image_size": 4, "num_classes": 3}
+        sha256 = hashlib.sha256(self.weights.read_bytes()).hexdigest()
+        about = {"metric": metric, "dataset": "digits", "dataset_digest": digest, "register": register}
+        self.journal.append("model", path="best.pt", sha256=sha256, step=7, name="convnet", **about, **shape)
+
+    def publish(self, uri: str) -> Publisher:
+        publisher = Publisher(self.folder, uri, network)
+        publisher.drain()
+        return publisher
+
+
+def network(path: Path, record: dict[str, Any]) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)).eval()
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def test_a_model_is_logged_once_and_shows_the_evaluation_it_had(tmp_path: Path, uri: str) -> None:
+    run = Run(tmp_path, "one", **{"eval/accuracy": 0.75, "eval/loss": 0.5})
+    run.record(register=None)
+    run.publish(uri)
+    (run.folder.path / "published.json").unlink()
+    run.publish(uri)
+    client = MlflowClient(tracking_uri=uri)
+    (logged,) = client.search_logged_models([client.get_experiment_by_name("test").experiment_id])
+    assert (logged.name, logged.status.name) == ("convnet", "READY")
+    metrics = {metric.key: (metric.value, metric.step) for metric in client.get_logged_model(logged.model_id).metrics}
+    assert metrics == {"eval/accuracy": (0.75, 7), "eval/loss": (0.5, 7)}
+    history = client.get_metric_history(logged.source_run_id, "eval/accuracy")
+    assert sorted((point.step, point.value) for point in history) == [(7, 0.75), (9, 0.123)]
+    assert client.search_registered_models() == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "first", "second", "champion"),
+    [
+        ("eval/accuracy", 0.75, 0.8, "2"),
+        ("eval/accuracy", 0.75, 0.75, "1"),
+        ("eval/accuracy", 0.75, 0.7, "1"),
+        ("eval/loss", 0.5, 0.4, "2"),
+        ("eval/loss", 0.5, 0.6, "1"),
+    ],
+)
+def test_the_champion_gives_way_only_to_a_better_one(
+    tmp_path: Path, uri: str, metric: str, first: float, second: float, champion: str
+) -> None:
+    for name, value in (("one", first), ("two", second)):
+        run = Run(tmp_path, name, **{metric: value})
+        run.record(metric=metric)
+        run.publish(uri)
+    client = MlflowClient(tracking_uri=uri)
+    assert client.get_model_version_by_alias(NAME, "champion").version == int(champion)
+    assert len(client.search_model_versions(f"name = '{NAME}'")) == 2
+
+
+def test_registering_again_changes_nothing(tmp_path: Path, uri: str) -> None:
+    run = Run(tmp_path, "one", **{"eval/accuracy": 0.75})
+    run.record()
+    run.publish(uri)
+    (run.folder.path / "published.json").unlink()
+    run.publish(uri)
+    (version,) = MlflowClient(tracking_uri=uri).search_model_versions(f"name = '{NAME}'")
+    assert version.tags["value"] == "0.75"
+
+
+@pytest.mark.parametrize("other", [{"metric": "eval/loss"}, {"digest": "d2"}])
+def test_what_cannot_be_compared_does_not_become_champion(
+    tmp_path: Path,
+    uri: str,
+    other: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("convoy"), "propagate", True)
+    first = Run(tmp_path, "one", **{"eval/accuracy": 0.1})
+    first.record()
+    first.publish(uri)
+    second = Run(tmp_path, "two", **{"eval/accuracy": 0.9, "eval/loss": 0.1})
+    second.record(**other)
+    with caplog.at_level("INFO", logger="convoy"):
+        second.publish(uri)
+    assert "champion stays version 1: it cannot be compared" in caplog.text
+    assert MlflowClient(tracking_uri=uri).get_model_version_by_alias(NAME, "champion").version == 1
+
+
+def test_a_model_whose_metric_is_not_finite_is_registered_and_no_champion(tmp_path: Path, uri: str) -> None:
+    run = Run(tmp_path, "one", **{"eval/loss": float("nan")})
+    run.record(metric="eval/loss")
+    run.publish(uri)
+    client = MlflowClient(tracking_uri=uri)
+    assert len(client.search_model_versions(f"name = '{NAME}'")) == 1
+    assert client.get_registered_model(NAME).aliases == {}

@@ -1,0 +1,86 @@
+"""All ranks decide the same at the same step, and are asked by time, not by step."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.parallel.rank import Rank
+from tests.ranks import run_ranks
+from train import agreement as ballot
+from train.agreement import Ballot, Decision
+
+STEP = 0.01
+"""Seconds a step takes on the clock of these tests."""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def alone() -> Rank:
+    return Rank(0, 0, 1, 1, torch.device("cpu"), "none", 1)
+
+
+def decisions_of(rank: Rank, num_steps: int, asked: dict[int, tuple[int, str]], pace: float = STEP) -> list[Decision]:
+    """What is decided behind each step, where rank r asks for `what` from step s on: asked[r] = (s, what)."""
+    clock = Clock()
+    votes, decisions = Ballot(rank, clock), []
+    at, what = asked.get(rank.rank, (num_steps, ""))
+    for step in range(num_steps):
+        clock.seconds += pace
+        wants = step >= at
+        decisions.append(votes.after_step(stop=wants and what == "stop", save=wants and what == "save"))
+    return decisions
+
+
+def test_what_one_rank_asks_for_all_ranks_decide_at_the_same_step() -> None:
+    for what in ("stop", "save"):
+        results = run_ranks(3, decisions_of, 300, {1: (90, what)})
+        assert all(result == results[0] for result in results)
+        first = next(step for step, decision in enumerate(results[0]) if decision != Decision())
+        assert results[0][first] == Decision(stop=what == "stop", save=what == "save")
+        assert 90 < first <= 90 + ballot.VOTE_EVERY / STEP + 1
+
+
+def test_ranks_of_different_speed_are_asked_at_the_same_steps() -> None:
+    """The one with the slow clock would ask earlier, which would hang or mix up the answers."""
+    results = run_ranks(2, _at_its_own_pace)
+    assert results[0] == results[1]
+
+
+def _at_its_own_pace(rank: Rank) -> list[Decision]:
+    return decisions_of(rank, 400, {0: (250, "stop")}, pace=STEP * (1 + rank.rank))
+
+
+def test_nobody_is_asked_more_often_than_twice_a_second() -> None:
+    clock, num_votes = Clock(), 0
+    votes = Ballot(alone(), clock)
+    for _ in range(1000):
+        clock.seconds += STEP
+        before = votes._pending
+        votes.after_step(stop=False)
+        num_votes += votes._pending is not None and votes._pending is not before
+    ramp = 7  # 1, 2, 4 ... 32 steps
+    assert 1000 * STEP / ballot.VOTE_EVERY <= num_votes <= 1000 * STEP / ballot.VOTE_EVERY * 1.1 + ramp
+
+
+def test_slow_steps_are_asked_each_time() -> None:
+    assert next(step for step, d in enumerate(decisions_of(alone(), 10, {0: (4, "stop")}, pace=2.0)) if d.stop) == 5
+
+
+def test_steps_of_another_kind_do_not_wait_for_the_number_of_the_former() -> None:
+    clock = Clock()
+    votes = Ballot(alone(), clock)
+    for _ in range(200):
+        clock.seconds += STEP
+        votes.after_step(stop=False)
+    votes.begin()
+    for number in range(20):
+        clock.seconds += 0.1
+        if votes.after_step(stop=number >= 8).stop:
+            break
+    assert number <= 8 + 0.5 / 0.1 + 1
