@@ -53,6 +53,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     """With CONVOY_REQUIRE_ALL=1 a skipped test is a failure: only what needs a GPU may be missing."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
-    if report.skipped and os.environ.get("CONVOY_REQUIRE_ALL") == "1" and item.get_closest_marker("gpu") is None:
+    was_run = hasattr(report, "wasxfail")  # and failed as it is known to
+    if (
+        report.skipped
+        and not was_run
+        and os.environ.get("CONVOY_REQUIRE_ALL") == "1"
+        and item.get_closest_marker("gpu") is None
+    ):
         report.outcome = "failed"
         report.longrepr = f"skipped where every test must run: {call.excinfo and call.excinfo.value}"
