@@ -34,13 +34,13 @@ class Comparison:
     by_wall: bool = False
 
     def speeds(self, variant: Variant) -> list[float]:
-        """Images per second, or commands per second: more is better."""
+        """Return images per second, or commands per second: more is better."""
         if self.by_wall:
             return [1 / run["wall_seconds"] for run in self.runs[variant]]
         return [run["images_per_second"] for run in self.runs[variant]]
 
     def best(self, program: str) -> Variant:
-        """The variant that stands for the program: that of the highest median."""
+        """Return the variant that stands for the program: that of the highest median."""
         variants = [variant for variant in self.runs if variant.program == program]
         return max(variants, key=lambda variant: Spread.of(self.speeds(variant)).median)
 
@@ -48,7 +48,7 @@ class Comparison:
         return list(dict.fromkeys(variant.program for variant in self.runs))
 
     def ratios(self, program: str) -> list[float]:
-        """How many times as fast Convoy was as the best variant of `program`, round by round.
+        """Return how many times as fast Convoy was as the best variant of `program`, round by round.
 
         What is measured only once, like the floor, is compared with each round.
         """
@@ -56,11 +56,11 @@ class Comparison:
         return pairwise_ratios(convoy, other * len(convoy) if len(other) == 1 else other)
 
     def cpu_by_others(self) -> Spread:
-        """How much was disturbed: the share of the cores that was busy for others, over all runs."""
+        """Return how much was disturbed: the share of the cores that was busy for others, over all runs."""
         return Spread.of([run["cpu_by_others"] for runs in self.runs.values() for run in runs])
 
     def check(self) -> None:
-        """Raises BenchmarkError if the programs did not compute on equally many threads."""
+        """Raise BenchmarkError if the programs did not compute on equally many threads."""
         threads = {variant.label: run["threads"] for variant, runs in self.runs.items() for run in runs}
         counted = {label: number for label, number in threads.items() if number is not None}
         if len(set(counted.values())) > 1:
@@ -89,7 +89,7 @@ class Comparison:
         return Spread.of(self.ratios(variant.program)).format(".3f")
 
     def summary(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """Return what the JSON file holds."""
         others = [name for name in self.programs() if name != "convoy"] if "convoy" in self.programs() else []
         return {
             "counts": "seconds from command to exit" if self.by_wall else "images per second",
@@ -104,7 +104,7 @@ def _spread(runs: Sequence[Run], figure: Callable[[Run], float], form: str) -> s
 
 
 def guard_failure(ratios: Sequence[float], minimum: float) -> str | None:
-    """What to say if the median of the ratios is below `minimum`; None if all is well."""
+    """Return what to say if the median of the ratios is below `minimum`; None if all is well."""
     if len(ratios) < MIN_GUARD_PAIRS:
         raise ValueError(f"{len(ratios)} pairs: a guard needs at least {MIN_GUARD_PAIRS}")
     spread = Spread.of(ratios)

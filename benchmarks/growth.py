@@ -107,7 +107,7 @@ def report_memory(given: argparse.Namespace) -> tuple[list[Row], str]:
 
 
 def measure_memory(given: argparse.Namespace) -> list[Row]:
-    """One row for each dataset, number of ranks and way to hold it."""
+    """Return one row for each dataset, number of ranks and way to hold it."""
     cases = {
         f"{images} {ranks} {how}": (images, ranks, how)
         for images in given.images
@@ -123,7 +123,7 @@ def measure_memory(given: argparse.Namespace) -> list[Row]:
 
 
 def hold_dataset(images: int, ranks: int, how: str) -> list[Row]:
-    """The figures of each rank."""
+    """Return the figures of each rank."""
     arguments = ["-m", "benchmarks.programs.hold_dataset", f"--images={images}"]
     if how == "apart":
         arguments.append("--apart")
@@ -133,7 +133,7 @@ def hold_dataset(images: int, ranks: int, how: str) -> list[Row]:
 
 
 def summarize_holding(runs: Sequence[Sequence[Row]]) -> Row:
-    """Memory is added up over the ranks, the slowest gives the time; medians over the rounds."""
+    """Return medians over the rounds: memory is added up over the ranks, the slowest gives the time."""
     summed = ("mapped_bytes", "added_bytes", "all_bytes")
     return {
         "dataset_bytes": runs[0][0]["dataset_bytes"],
@@ -155,9 +155,9 @@ def report_evaluation(given: argparse.Namespace) -> tuple[list[Row], str]:
 
 
 def evaluate_each_epoch(epochs: int) -> list[Row]:
-    """By the step behind which each evaluation stands, what the run itself measured."""
+    """Return what the run itself measured, by the step behind which each evaluation stands."""
     with tempfile.TemporaryDirectory(prefix="convoy-growth-") as folder:
-        data = ["data.dataset=synthetic", "data.synthetic_train_size=640", "data.synthetic_eval_size=2000"]
+        data = ["data.dataset=synthetic", "data.arguments.train_size=640", "data.arguments.validation_size=2000"]
         training = [
             f"train.epochs={epochs}",
             "data.global_batch_size=32",

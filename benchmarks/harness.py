@@ -55,7 +55,7 @@ class Finished:
 
 
 def torchrun(arguments: Sequence[str], num_ranks: int) -> list[str]:
-    """The command that starts `arguments` (a file, or `-m` and a module) on ranks of this machine.
+    """Return the command that starts `arguments` (a file, or `-m` and a module) on ranks of this machine.
 
     --standalone takes a free port by itself, so that nobody can take it in between.
     """
@@ -64,7 +64,7 @@ def torchrun(arguments: Sequence[str], num_ranks: int) -> list[str]:
 
 
 def clean_environment(environment: Mapping[str, str], num_threads: int | None = None) -> dict[str, str]:
-    """`environment` without what another launcher, tracker or thread setting left in it.
+    """Return `environment` without what another launcher, tracker or thread setting left in it.
 
     `num_threads` sets OMP_NUM_THREADS; without it torchrun sets 1, as it does for everybody.
     """
@@ -130,7 +130,7 @@ class Load:
         return cls(busy / os.sysconf("SC_CLK_TCK"), ours)
 
     def share_of_others(self, before: Load, seconds: float) -> float:
-        """Of all cores, in the `seconds` since `before`."""
+        """Return the share of all cores that others used in the `seconds` since `before`."""
         by_others = (self.machine - before.machine) - (self.ours - before.ours)
         return max(0.0, by_others / (seconds * (os.cpu_count() or 1)))
 
@@ -153,12 +153,12 @@ def _describe_failure(command: Sequence[str], what: str, output: str, errors: st
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """The line that `parse_results` finds. For rank 0."""
+    """Print the line that `parse_results` finds, on rank 0."""
     print(RESULT_PREFIX + json.dumps(dict(result), allow_nan=False), flush=True)
 
 
 def parse_results(output: str) -> list[dict[str, Any]]:
-    """The objects of all result lines, whatever stands between them. Raises BenchmarkError for one that is torn."""
+    """Return the objects of all result lines, whatever stands between them. Raises BenchmarkError for a torn one."""
     lines = [line.removeprefix(RESULT_PREFIX) for line in output.splitlines() if line.startswith(RESULT_PREFIX)]
     try:
         return [json.loads(line) for line in lines]
@@ -167,7 +167,7 @@ def parse_results(output: str) -> list[dict[str, Any]]:
 
 
 def parse_result(output: str) -> dict[str, Any]:
-    """The object of the one result line. Raises BenchmarkError if there is none or more than one."""
+    """Return the object of the one result line. Raises BenchmarkError if there is none or more than one."""
     results = parse_results(output)
     if len(results) != 1:
         raise BenchmarkError(f"{len(results)} result lines where 1 was due; the output ended with:\n{output[-2000:]}")
@@ -188,28 +188,28 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
     def format(self, form: str = ",.0f") -> str:
-        """`median (lowest to highest)`; of a single value only that."""
+        """Return `median (lowest to highest)`; of a single value only that."""
         extremes = f" ({self.minimum:{form}} to {self.maximum:{form}})" if self.count > 1 else ""
         return f"{self.median:{form}}{extremes}"
 
 
 def pairwise_ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Round by round `values / others`: what disturbed a round disturbed both, so that their ratio is steadier."""
+    """Return `values / others` by round: what disturbed a round disturbed both, so that their ratio is steadier."""
     return [value / other for value, other in zip(values, others, strict=True)]
 
 
 def alternate(things: Sequence[T], round_index: int) -> list[T]:
-    """The order of a round: forwards, then backwards, so that a machine growing slower favours nobody."""
+    """Return the order of a round: forwards, then backwards, so that a machine growing slower favours nobody."""
     return list(things) if round_index % 2 == 0 else list(reversed(things))
 
 
 def num_cores() -> int:
-    """CPUs that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a figure depends on besides the code: to be stored beside it."""
+    """Return what a figure depends on besides the code: to be stored beside it."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "cpu": _cpu_model(),
@@ -223,7 +223,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def format_machine(machine: Mapping[str, Any]) -> str:
-    """One line."""
+    """Return the machine as one line."""
     counts = Counter(machine["gpus"])
     gpus = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items()) or "no GPU"
     versions = f"torch {machine['torch']}, Python {machine['python']}, commit {machine['commit']}"
@@ -240,7 +240,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The abbreviated commit, with + where tracked files were changed since; `unknown` outside a git checkout."""
+    """Return the abbreviated commit, with + where tracked files were changed since; `unknown` without git."""
     git = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
@@ -253,13 +253,13 @@ def _commit() -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column is text, the others are figures."""
+    """Return a table whose first column is text; the others are figures."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write_results(base: Path, results: Mapping[str, Any], markdown: str) -> tuple[Path, Path]:
-    """`base`.json has everything, `base`.md is for people. `base` may contain dots."""
+    """Write `base`.json, with everything, and `base`.md, for people; return both paths. `base` may contain dots."""
     base.parent.mkdir(parents=True, exist_ok=True)
     paths = base.with_name(base.name + ".json"), base.with_name(base.name + ".md")
     paths[0].write_text(json.dumps(results, indent=1) + "\n")

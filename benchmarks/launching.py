@@ -39,7 +39,7 @@ class ThisMachine:
         return [1, 2, 4] if self.num_gpus is None else powers_of_two(self.num_gpus)
 
     def check(self, ranks: Sequence[int]) -> None:
-        """Raises ValueError for more than there are GPUs."""
+        """Raise ValueError for more than there are GPUs."""
         if self.num_gpus is not None and ranks[-1] > self.num_gpus:
             raise ValueError(f"--ranks {ranks[-1]}: torch sees {self.num_gpus} GPU(s) here")
 
@@ -71,7 +71,7 @@ class SlurmNodes:
     def of_this_job(
         cls, ranks_per_node: int, *, num_gpus: int | None, container: Sequence[str], scratch: Path
     ) -> SlurmNodes:
-        """`num_gpus` of this node, None for CPU ranks. Raises ValueError outside of a job."""
+        """Return the nodes. `num_gpus`: of this node, None for CPU ranks. Raises ValueError outside of a job."""
         missing = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if name not in os.environ]
         missing += [program for program in ("srun", "scontrol") if shutil.which(program) is None]
         if missing:
@@ -99,7 +99,7 @@ class SlurmNodes:
         return [self.ranks_per_node * nodes for nodes in (*powers_of_two(self.num_nodes), self.num_nodes)]
 
     def check(self, ranks: Sequence[int]) -> None:
-        """Raises ValueError for a part of a node, and for more nodes than there are."""
+        """Raise ValueError for a part of a node, and for more nodes than there are."""
         wrong = [number for number in ranks if number % self.ranks_per_node]
         wrong += [number for number in ranks if number > self.ranks_per_node * self.num_nodes]
         if wrong:
@@ -109,7 +109,7 @@ class SlurmNodes:
             )
 
     def run(self, arguments: Sequence[str], num_ranks: int, timeout: float) -> Finished:
-        """As on one machine, on the first of the nodes. Raises BenchmarkError as `run_command` does."""
+        """Start a program on the first of the nodes and wait for it. Raises BenchmarkError as `run_command` does."""
         granted = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
         if "SLURM_GPUS" in granted:  # of all nodes together, which a part of them cannot have
             granted["SLURM_GPUS_PER_NODE"] = granted["SLURM_GPUS_ON_NODE"]
@@ -119,7 +119,7 @@ class SlurmNodes:
         return run_command(self.command(arguments, num_ranks), environment=environment, timeout=timeout)
 
     def command(self, arguments: Sequence[str], num_ranks: int) -> list[str]:
-        """One torchrun on each of as many nodes as the ranks need, with all that was granted there."""
+        """Return a command: a torchrun on each of as many nodes as the ranks need, with all that was granted there."""
         hosts = self.hosts[: num_ranks // self.ranks_per_node]
         port = 15000 + self.job_id % 10000  # jobs that share a node must not share a port
         return [
@@ -137,7 +137,7 @@ class SlurmNodes:
         return describe_machine() | {"nodes": self.num_nodes, "ranks_per_node": self.ranks_per_node}
 
     def format_machine(self, machine: Mapping[str, Any]) -> str:
-        """Only the first node was looked at."""
+        """Return the machine as one line; only the first node was looked at."""
         return f"{self.num_nodes} node(s) with {self.ranks_per_node} rank(s) each, the first: {format_machine(machine)}"
 
 

@@ -68,7 +68,7 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 if a program failed or the guard found Convoy too slow."""
+    """Return the exit code: 0, or 1 if a program failed or the guard found Convoy too slow."""
     options = read_options(argv)
     programs, missing = split_by_installed(options.programs)
     for line in missing:
@@ -118,7 +118,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
 
 
 def check_options(given: argparse.Namespace) -> Options:
-    """Raises ValueError for what does not fit together."""
+    """Return the options. Raises ValueError for what does not fit together."""
     device = given.device if given.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and torch.cuda.device_count() < given.ranks:
         raise ValueError(f"--ranks {given.ranks}: torch sees {torch.cuda.device_count()} GPU(s) here")
@@ -148,7 +148,7 @@ def check_options(given: argparse.Namespace) -> Options:
 
 
 def choose_workers(given: argparse.Namespace) -> tuple[int, ...]:
-    """Per rank; by default as many as it has cores at most."""
+    """Return the numbers of workers per rank to try; by default as many as it has cores at most."""
     if given.workers is not None:
         return tuple(int(number) for number in given.workers.split(","))
     cores = max(1, num_cores() // given.ranks)
@@ -180,7 +180,7 @@ def choose_training(given: argparse.Namespace, device: str) -> Training:
 
 
 def split_by_installed(programs: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The programs that can run here, and a line for each that cannot."""
+    """Return the programs that can run here, and a line for each that cannot."""
     usable, missing = [], []
     for name in programs:
         packages = PEERS[name][1] if name in PEERS else ()
@@ -213,7 +213,8 @@ def format_run(run: Run) -> str:
 
 
 def run_patiently(variant: Variant, options: Options, failures: list[str]) -> Run:
-    """A peer may fail once, which is written down: hours of measuring are not to be lost by it. Convoy may not."""
+    """Run a variant. A peer may fail once, which is written down, so that hours of measuring are not lost; Convoy may
+    not."""
     try:
         return run_variant(variant, options)
     except BenchmarkError as error:
@@ -225,7 +226,7 @@ def run_patiently(variant: Variant, options: Options, failures: list[str]) -> Ru
 
 
 def list_variants(programs: Iterable[str], workers: Sequence[int]) -> list[Variant]:
-    """What runs in each round."""
+    """Return what runs in each round."""
     variants = []
     for name in programs:
         if name in PEERS:
@@ -236,7 +237,7 @@ def list_variants(programs: Iterable[str], workers: Sequence[int]) -> list[Varia
 
 
 def run_variant(variant: Variant, options: Options) -> Run:
-    """Raises BenchmarkError if it fails."""
+    """Run a variant once. Raises BenchmarkError if it fails."""
     if variant.program == "convoy":
         return run_convoy(options)
     if variant.program == "compute_alone":
@@ -253,14 +254,14 @@ def run_program(module: str, arguments: Sequence[str], options: Options, num_thr
 
 
 def run_floor(options: Options) -> Run:
-    """For one device's share, times the devices."""
+    """Return the floor of one device's share, times the devices."""
     share = replace(options.training, images=options.training.images // options.ranks)
     run = run_program("hardware_floor", share.arguments(), replace(options, ranks=1), num_threads=None)
     return {**run, "images_per_second": run["images_per_second"] * options.ranks, "threads": None}
 
 
 def run_convoy(options: Options) -> Run:
-    """The command a user would give. Its times are in the journal of its run."""
+    """Run the command a user would give. Its times are in the journal of its run."""
     with tempfile.TemporaryDirectory(prefix="convoy-peers-") as folder:
         settings = convoy_settings(options.training, options.ranks)
         command = torchrun(["train/main.py", *settings, f"run.dir={folder}", "run.name=peers"], options.ranks)

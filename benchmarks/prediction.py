@@ -40,17 +40,17 @@ class Ring:
         return num_messages * self.latency + share * num_bytes / self.bandwidth
 
     def worst_miss(self, timings: Sequence[Timing]) -> float:
-        """The largest deviation from what was measured, as a share of it."""
+        """Return the largest deviation from what was measured, as a share of it."""
         return max(abs(self.seconds(t.ranks, t.num_bytes) / t.seconds - 1) for t in timings)
 
 
 def ring_terms(ranks: int) -> tuple[float, float]:
-    """Messages that follow one another, and the share of the bytes that passes each link."""
+    """Return how many messages follow one another, and the share of the bytes that passes each link."""
     return 2 * (ranks - 1), 2 * (ranks - 1) / ranks
 
 
 def fit_ring(timings: Sequence[Timing]) -> Ring:
-    """Least squares of the relative errors: those in seconds would leave the latency to chance beside 64 MiB.
+    """Fit a ring by least squares of relative errors: those in seconds would leave the latency to chance beside 64 MiB.
 
     Raises BenchmarkError if the times do not grow with size and messages, as those of a ring do.
     """
@@ -68,7 +68,7 @@ def fit_ring(timings: Sequence[Timing]) -> Ring:
 
 
 def why_no_prediction(device: str, num_devices: int, num_nodes: int) -> str | None:
-    """None if there is one to be made."""
+    """Return the reason; None if there is a prediction to be made."""
     if device != "cuda":
         return "No prediction for more ranks: what CPU ranks of one machine exchange says nothing of GPUs or networks."
     if num_nodes > 1:
@@ -81,7 +81,7 @@ def why_no_prediction(device: str, num_devices: int, num_nodes: int) -> str | No
 def tabulate_prediction(
     ring: Ring, *, ranks: Sequence[int], num_bytes: int, step_seconds: float, measured: dict[int, float]
 ) -> str:
-    """Weak scaling: each rank has the same work, a step of which takes `step_seconds` alone.
+    """Return a table of weak scaling: each rank has the same work, a step of which takes `step_seconds` alone.
 
     `measured` maps ranks to the efficiency that was measured.
     """

@@ -38,7 +38,7 @@ WAYS = {"as it is": (), "reproducible": ("train.reproducible=true",)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 if a training failed."""
+    """Return the exit code: 0, or 1 if a training failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ranks", type=int, nargs="+", default=[1, 2])
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(ranks: int, way: str, options: argparse.Namespace) -> float:
-    """Images per second of all ranks."""
+    """Return the images per second of all ranks."""
     images = options.steps * options.batch * ranks
     training = Training(images=images, eval_images=200, epochs=3, batch=options.batch, device=options.device)
     with tempfile.TemporaryDirectory(prefix="convoy-reproducible-") as folder:
@@ -93,7 +93,7 @@ def write_report(options: argparse.Namespace, rates: dict[tuple[int, str], list[
     markdown = "\n\n".join(
         [
             f"The convnet on synthetic images, {options.batch} samples per rank and step, one thread per rank, 8 "
-            f"virtual shards: median (lowest to highest) of {options.rounds} rounds, in which the ways took turns.",
+            f"virtual ranks: median (lowest to highest) of {options.rounds} rounds, in which the ways took turns.",
             format_machine(machine),
             markdown_table(header, rows),
         ]

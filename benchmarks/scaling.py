@@ -94,7 +94,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
 
 
 def choose_launcher(given: argparse.Namespace) -> Launcher:
-    """Raises ValueError for nodes that this process has not been granted."""
+    """Return the launcher. Raises ValueError for nodes that this process has not been granted."""
     num_gpus = torch.cuda.device_count() if given.device == "cuda" else None
     if given.ranks_per_node is None:
         return ThisMachine(num_gpus)
@@ -105,7 +105,7 @@ def choose_launcher(given: argparse.Namespace) -> Launcher:
 
 
 def list_cases(given: argparse.Namespace, launcher: Launcher) -> Iterable[Case]:
-    """Raises ValueError for what does not fit together."""
+    """Yield the cases. Raises ValueError for what does not fit together."""
     ranks = sorted(set(given.ranks or launcher.default_ranks()))
     if launcher.fewest_ranks not in ranks:
         raise ValueError(
@@ -156,7 +156,7 @@ def run_case(case: Case, options: Options) -> Run:
 
 
 def predict(options: Options, runs: Runs) -> str:
-    """A table for more ranks from measured terms, or why there is none."""
+    """Return a table for more ranks from measured terms, or why there is none."""
     reason = why_no_prediction(options.device, torch.cuda.device_count(), options.launcher.num_nodes)
     weak = {case.ranks: of for case, of in runs.items() if case.mode == "weak"}
     if reason is None and len(weak) < 2:
@@ -189,7 +189,7 @@ def time_all_reduces(ranks: int, options: Options) -> list[Timing]:
 
 
 def gradient_bytes(training: Training, gradients: str) -> int:
-    """`gradients` is how the run says that they travel."""
+    """Return the bytes of all gradients. `gradients` is how the run says that they travel."""
     size = 2 if "bfloat16" in gradients else 4
     return size * sum(parameter.numel() for parameter in training.build_network().parameters())
 

@@ -32,7 +32,7 @@ Splits = Mapping[str, Mapping[int, Mapping[str, float]]]
 def draw_scaling(
     efficiencies: Efficiencies, splits: Splits, path: Path, *, subtitle: str, reference: str, cores: int | None
 ) -> Path:
-    """`cores` bound what CPU ranks can reach; None for GPUs and several nodes. Needs matplotlib."""
+    """Draw both figures. `cores` bound what CPU ranks can reach; None for GPUs and several nodes. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")

@@ -41,7 +41,7 @@ Runs = Mapping[Case, Sequence[Run]]
 
 
 def read_run(records: Iterable[Mapping[str, Any]], global_batch: int) -> Run:
-    """What the records of a run amount to but the first. Raises BenchmarkError if there are no others."""
+    """Return what the records of a run amount to but the first. Raises BenchmarkError if there are no others."""
     by_step: dict[int, dict[str, float]] = {}
     tags: dict[str, str] = {}
     for record in records:
@@ -71,7 +71,7 @@ def rates(runs: Sequence[Run]) -> list[float]:
 
 
 def find_efficiencies(runs: Runs) -> dict[str, dict[int, Spread]]:
-    """By mode and ranks: the speed per rank over that of the fewest ranks, round by round."""
+    """Return the speed per rank over that of the fewest ranks, round by round, by mode and ranks."""
     fewest = min(case.ranks for case in runs)
     references = {case.mode: rates(of) for case, of in runs.items() if case.ranks == fewest}
     found: dict[str, dict[int, Spread]] = {}
@@ -82,7 +82,7 @@ def find_efficiencies(runs: Runs) -> dict[str, dict[int, Spread]]:
 
 
 def find_splits(runs: Runs) -> dict[str, dict[int, dict[str, float]]]:
-    """Milliseconds per step, by mode, ranks and part: medians over the rounds."""
+    """Return milliseconds per step, by mode, ranks and part: medians over the rounds."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for case, of in runs.items():
         parts = {part: median(run["milliseconds"][part] for run in of) for part in PARTS}
@@ -91,7 +91,8 @@ def find_splits(runs: Runs) -> dict[str, dict[int, dict[str, float]]]:
 
 
 def tabulate(mode: str, runs: Runs, *, cores: int | None, ranks_per_node: int | None = None) -> str:
-    """`cores` are those of CPU ranks that may come to share them, else None; ranks per node: None on this machine."""
+    """Return a table of one mode. `cores` are those of CPU ranks that may come to share them, else None;
+    `ranks_per_node` is None on this machine."""
     efficiencies, splits = find_efficiencies(runs)[mode], find_splits(runs)[mode]
     rows = []
     for case, of in runs.items():

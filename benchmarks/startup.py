@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this may be started as a file
 
@@ -41,6 +40,7 @@ from benchmarks.harness import (
     write_results,
 )
 from pipeline.run.journal import read_journal
+from pipeline.run.records import MetricRecord
 
 SCRIPT = "fifteen_lines"
 PROGRAMS = ("convoy", SCRIPT)
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(options: Options) -> dict[tuple[str, int], list[Run]]:
-    """All runs of each program on each number of ranks, in the order of the rounds."""
+    """Return all runs of each program on each number of ranks, in the order of the rounds."""
     runs: dict[tuple[str, int], list[Run]] = {(name, ranks): [] for ranks in options.ranks for name in PROGRAMS}
     for round_index in range(options.rounds):
         for ranks in options.ranks:
@@ -128,7 +128,7 @@ def run_fifteen_lines(ranks: int, options: Options) -> Run:
 
 
 def run_convoy(ranks: int, options: Options) -> Run:
-    """Asked to stop behind its first step, whose times are in the journal of its run."""
+    """Run Convoy and ask it to stop behind its first step, whose times are in the journal of its run."""
     with tempfile.TemporaryDirectory(prefix="convoy-startup-") as folder:
         command = torchrun(["train/main.py", *convoy_settings(ranks, folder, options)], ranks)
         started = time.time()
@@ -144,7 +144,8 @@ def convoy_settings(ranks: int, folder: str, options: Options) -> list[str]:
 
 
 def run_to_first_step(command: Sequence[str], folder: Path, options: Options, log: Path | None = None) -> None:
-    """What the command writes to stderr goes to `log`. Raises BenchmarkError if there is no first step in time."""
+    """Run the command until its first step. `log` gets what it writes to stderr. Raises BenchmarkError if there is no
+    first step in time."""
     log = log or folder / "stderr"
     deadline = time.monotonic() + options.timeout
     environment = {**options.environment, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
@@ -171,7 +172,7 @@ def run_to_first_step(command: Sequence[str], folder: Path, options: Options, lo
         raise BenchmarkError(f"{' '.join(command)}\nmade no step; it ended with:\n{log.read_text()[-4000:]}")
 
 
-def startup_records(folder: Path) -> list[dict[str, Any]]:
+def startup_records(folder: Path) -> list[MetricRecord]:
     journal = folder / "startup" / "journal.jsonl"
     records = read_journal(journal)[0] if journal.exists() else []
     return [record for record in records if record["kind"] == "metric" and record["key"].startswith(PREFIX)]
@@ -223,13 +224,13 @@ def startup_row(
 
 
 def startup_ratios(runs: Mapping[tuple[str, int], Sequence[Run]], ranks: int) -> list[float]:
-    """How many times as long as the script Convoy takes from the start of rank 0, round by round."""
+    """Return how many times as long as the script Convoy takes from the start of rank 0, round by round."""
     seconds = {name: [run["process"] for run in runs[name, ranks]] for name in PROGRAMS}
     return pairwise_ratios(seconds["convoy"], seconds[SCRIPT])
 
 
 def find_excesses(runs: Mapping[tuple[str, int], Sequence[Run]]) -> list[str]:
-    """A line for each number of ranks on which the median is over the limit."""
+    """Return a line for each number of ranks on which the median is over the limit."""
     ratios = {ranks: Spread.of(startup_ratios(runs, ranks)) for _, ranks in runs}
     return [
         f"too slow: on {ranks} rank(s) {ratio.format('.2f')} times as long as the script, limit {LIMIT:g}"
@@ -248,13 +249,13 @@ class Import:
 
     @property
     def package(self) -> str:
-        """The first part of the name; of torch the first two, as it is most of all."""
+        """Return the first part of the name; of torch the first two, as it is most of all."""
         parts = self.module.split(".")
         return ".".join(parts[:2] if parts[0] == "torch" else parts[:1])
 
 
 def report_imports(options: Options) -> None:
-    """On one rank, without torchrun. Importing is slower while it is timed."""
+    """Print and store what is imported on one rank, without torchrun. Importing is slower while it is timed."""
     machine, imports = describe_machine(), time_imports(options)
     total, rows, rest = sum(each.seconds for each in imports), [], 0.0
     by_package, counts = Counter[str](), Counter(each.package for each in imports)

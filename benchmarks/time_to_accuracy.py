@@ -47,7 +47,7 @@ class SeedRun:
 
     seed: int
     accuracy: float
-    """On the test images after the last epoch, 0 to 1."""
+    """On the validation images after the last epoch, 0 to 1."""
     training_seconds: float
     wall_seconds: float
     """From command to exit."""
@@ -85,7 +85,7 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 if a training failed or the mean accuracy is below the target."""
+    """Return the exit code: 0, or 1 if a training failed or the mean accuracy is below the target."""
     options = read_options(argv)
     try:
         runs = list(train_seeds(options))
@@ -122,7 +122,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
 
 
 def find_problem(given: argparse.Namespace) -> str | None:
-    """What is wrong with the options, if anything."""
+    """Return what is wrong with the options, if anything."""
     if given.seeds < 1 or given.first_seed < 0 or (given.ranks is not None and given.ranks < 1):
         return "accepted: --seeds and --ranks from 1, --first-seed from 0"
     if not 0 < given.target <= 1:
@@ -137,7 +137,7 @@ def find_problem(given: argparse.Namespace) -> str | None:
 
 
 def train_seeds(options: Options) -> Iterator[SeedRun]:
-    """One training after the other. Raises BenchmarkError for one that fails or is not whole."""
+    """Yield one training after the other. Raises BenchmarkError for one that fails or is not whole."""
     for seed in options.seeds:
         run = train_seed(options, seed)
         print(
@@ -149,7 +149,7 @@ def train_seeds(options: Options) -> Iterator[SeedRun]:
 
 
 def train_seed(options: Options, seed: int) -> SeedRun:
-    """In the current folder, so that relative paths among the settings mean what they do there."""
+    """Train in the current folder, so that relative paths among the settings mean what they do there."""
     with tempfile.TemporaryDirectory(prefix="convoy-time-") as folder:
         done = run_command(
             training_command(options, seed, Path(folder)),
@@ -162,7 +162,7 @@ def train_seed(options: Options, seed: int) -> SeedRun:
 
 
 def training_command(options: Options, seed: int, folder: Path) -> list[str]:
-    """What a user would give; a single rank needs no launcher."""
+    """Return the command that a user would give; a single rank needs no launcher."""
     arguments = [
         str(ROOT / "train" / "main.py"),
         "--config",
@@ -182,7 +182,7 @@ def run_name(seed: int) -> str:
 
 
 def read_run(records: Iterable[Mapping[str, Any]], seed: int, wall_seconds: float, cpu_by_others: float) -> SeedRun:
-    """What the journal of a training says. Raises BenchmarkError unless each epoch has its time and its accuracy."""
+    """Return what a journal says. Raises BenchmarkError unless each epoch has its time and its accuracy."""
     records = list(records)
     epochs = int(next(record["values"]["train.epochs"] for record in records if record["kind"] == "params"))
     seconds = _values(records, "perf/epoch_seconds")
@@ -237,7 +237,7 @@ def _figures(runs: Sequence[SeedRun]) -> dict[str, list[float]]:
 
 
 def table(runs: Sequence[SeedRun]) -> str:
-    """A row per seed, then what they amount to."""
+    """Return a row per seed, then what they amount to."""
     header = ["seed", "accuracy", "training, s", "command to exit, s", "cores used by others"]
     rows = [
         [str(run.seed), *_cells(run.accuracy, run.training_seconds, run.wall_seconds, run.cpu_by_others)]
@@ -257,7 +257,8 @@ def table(runs: Sequence[SeedRun]) -> str:
 def _cells(
     accuracy: float | None, training: float | None, wall: float | None, cpu_by_others: float | None
 ) -> list[str]:
-    """Of accuracy a digit more than 10,000 images have, or a mean just below a target would read like it."""
+    """Return the figures as text; accuracy with a digit more than 10,000 images have, or a mean just below a target
+    would read like it."""
     forms = ((accuracy, ".3%"), (training, ".3f"), (wall, ".1f"), (cpu_by_others, ".0%"))
     return ["" if value is None else f"{value:{form}}" for value, form in forms]
 

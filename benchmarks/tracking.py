@@ -19,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,12 +34,10 @@ from benchmarks.harness import (
     RESULTS,
     BenchmarkError,
     Finished,
-    Spread,
     alternate,
     clean_environment,
     describe_machine,
     format_machine,
-    markdown_table,
     parse_result,
     run_command,
     torchrun,
@@ -47,28 +45,21 @@ from benchmarks.harness import (
 )
 from benchmarks.programs.convoy import convoy_settings
 from benchmarks.programs.same_training import Training
+from benchmarks.tracking_runs import (
+    CALL_LIMIT,
+    CONDITIONS,
+    NUM_KILLS,
+    SHARE_LIMIT,
+    Run,
+    describe,
+    find_excesses,
+    tabulate,
+)
 from pipeline.run.folder import RunFolder
 from tests.servers import Fault, FaultyProxy, MlflowServer, PostgresServer
 from tests.tracking.history import differences, find_runs, recorded_history, stored_history
 from tests.tracking.recording import publisher_pid
 
-SHARE_LIMIT = 0.02
-FORCED_WRITE = "sync"
-"""Of the journal to the disk, which each checkpoint begins with: a part of saving. How long it lasts is the disk's to
-say, so that it counts in the share of the loop, and is shown, but has no limit as a call."""
-CALL_LIMIT = 0.020
-"""Seconds, for every call of every training."""
-NUM_KILLS = 3
-CONDITIONS: dict[str, str] = {
-    "healthy": "healthy",
-    "killed": f"killed and started again {NUM_KILLS} times",
-    "refused": "refuses connections",
-    "silent": "accepts them and never answers",
-    "500": "answers 500",
-    "slow": "answers after 5 s",
-    "down": "down from the start",
-    "dead": "dead at the end",
-}
 FAULTS: dict[str, Fault] = {"silent": "silent", "500": "500", "slow": "slow"}
 """Of the proxy; the others that have one refuse."""
 CLOSE_TIMEOUT_WHEN_DEAD = 3
@@ -76,9 +67,6 @@ CLOSE_TIMEOUT_WHEN_DEAD = 3
 PUBLISHER_TIMEOUT = 60.0
 """Seconds until it must be gone then; it goes on for 30."""
 WORKS_AGAIN = "tracking works again"
-
-Run = Mapping[str, Any]
-"""condition, loop_seconds, steps, calls (of each kind: calls, seconds, longest_seconds), points, differences."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,7 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 1 if a limit is passed, something is not in MLflow, or a training failed."""
+    """Return the exit code: 0, or 1 if a limit is passed, something is not in MLflow, or a training failed."""
     options = read_options(argv)
     runs: list[Run] = []
     with ExitStack() as stack:
@@ -190,7 +178,7 @@ def train(options: Options, condition: str, uri: str, folder: Path) -> Finished:
 
 
 def impose(condition: str, server: MlflowServer, proxy: FaultyProxy, run: Path, training: Future[Finished]) -> None:
-    """The condition, until the last step is done, or until nobody is left who could publish."""
+    """Impose the condition until the last step is done, or until nobody is left who could publish."""
     folder = RunFolder(run)
 
     def wait_for(what: Callable[[], bool]) -> None:
@@ -222,12 +210,12 @@ def impose(condition: str, server: MlflowServer, proxy: FaultyProxy, run: Path, 
 
 
 def mlflow_run(server: MlflowServer, folder: RunFolder) -> Any:
-    """What the server has of the run, past the proxy."""
+    """Return what the server has of the run, past the proxy."""
     return MlflowClient(server.url).get_run(folder.status()["mlflow_run_id"])
 
 
 def wait_for_publisher(run: Path) -> None:
-    """Until it has given up. Raises BenchmarkError if it does not."""
+    """Wait until the publisher has given up. Raises BenchmarkError if it does not."""
     deadline = time.monotonic() + PUBLISHER_TIMEOUT
     while publisher_pid(run) is not None:
         if time.monotonic() > deadline:
@@ -240,7 +228,7 @@ def count_recoveries(run: Path) -> int:
 
 
 def compare(run: Path, server: MlflowServer) -> dict[str, Any]:
-    """Number of points recorded, and in what MLflow differs from them."""
+    """Return the number of points recorded, and in what MLflow differs from them."""
     client = MlflowClient(server.url)
     recorded, found = recorded_history(run), find_runs(client, run)
     lines = [f"{len(found)} runs in MLflow"] if len(found) != 1 else []
@@ -249,71 +237,6 @@ def compare(run: Path, server: MlflowServer) -> dict[str, Any]:
         if found_run.info.status != "FINISHED":
             lines.append(f"status {found_run.info.status}")
     return {"points": sum(map(len, recorded.values())), "differences": lines}
-
-
-def share_of(run: Run) -> float:
-    """Of the loop's time."""
-    return float(sum(each["seconds"] for each in run["calls"].values()) / run["loop_seconds"])
-
-
-def longest_of(run: Run) -> float:
-    """Seconds."""
-    return float(max(each["longest_seconds"] for kind, each in run["calls"].items() if kind != FORCED_WRITE))
-
-
-def longest_forced_write_of(run: Run) -> float:
-    """Seconds; 0 if there was none."""
-    return float(run["calls"].get(FORCED_WRITE, {"longest_seconds": 0.0})["longest_seconds"])
-
-
-def describe(run: Run) -> str:
-    arrived = "all there, once" if not run["differences"] else "; ".join(run["differences"])
-    return (
-        f"{run['condition']}: {share_of(run):.2%} of {run['loop_seconds']:.1f} s, longest call "
-        f"{1000 * longest_of(run):.1f} ms, {run['points']:,} points: {arrived}"
-    )
-
-
-def find_excesses(runs: Sequence[Run]) -> list[str]:
-    """A line for each median share and each longest call over its limit, and for all that is not in MLflow as recorded.
-
-    A training that stalls once is stalled, whatever the others do.
-    """
-    lines = [f"{run['condition']}: {line}" for run in runs for line in run["differences"]]
-    for condition, group in by_condition(runs).items():
-        share, longest = Spread.of(list(map(share_of, group))), max(map(longest_of, group))
-        if share.median > SHARE_LIMIT:
-            lines.append(f"too much: {condition} takes {share.format('.2%')} of the loop, limit {SHARE_LIMIT:.0%}")
-        if longest > CALL_LIMIT:
-            lines.append(f"too long: {condition} has a call of {longest:.3f} s, limit {CALL_LIMIT:.3f}")
-    return lines
-
-
-def by_condition(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    present = [condition for condition in CONDITIONS if any(run["condition"] == condition for run in runs)]
-    return {condition: [run for run in runs if run["condition"] == condition] for condition in present}
-
-
-def tabulate(runs: Sequence[Run]) -> str:
-    header = ["the server", "share of the loop", "longest call, ms", "longest forced write, ms", "us a step"]
-    header += ["points", "in MLflow after sync"]
-    rows = []
-    for condition, group in by_condition(runs).items():
-        shares = [share_of(run) for run in group]
-        microseconds = [1e6 * share_of(run) * run["loop_seconds"] / run["steps"] for run in group]
-        wrong = sum(bool(run["differences"]) for run in group)
-        rows.append(
-            [
-                CONDITIONS[condition],
-                Spread.of(shares).format(".2%"),
-                Spread.of([1000 * longest_of(run) for run in group]).format(".1f"),
-                Spread.of([1000 * longest_forced_write_of(run) for run in group]).format(".1f"),
-                Spread.of(microseconds).format(",.0f"),
-                Spread.of([run["points"] for run in group]).format(",.0f"),
-                f"not as recorded: {wrong} of {len(group)}" if wrong else "all, once",
-            ]
-        )
-    return markdown_table(header, rows)
 
 
 def write_report(options: Options, runs: Sequence[Run]) -> None:

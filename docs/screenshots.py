@@ -19,8 +19,7 @@ from selenium.webdriver import Chrome
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.report.comparison import read_runs  # noqa: E402
-from pipeline.report.links import LOCAL_SERVER, find_stores  # noqa: E402
+from pipeline.report.comparison import LOCAL_SERVER, find_stores, read_runs  # noqa: E402
 from pipeline.run.folder import RunFolder  # noqa: E402
 from tests.browser import all_of, open_browser, wait_for  # noqa: E402
 from tests.mlflow_pages import (  # noqa: E402
@@ -55,7 +54,7 @@ def main() -> None:
 
 
 def train(folder: Path, rate: str) -> RunFolder:
-    """One run, published to the store in `folder`."""
+    """Return a run that is published to the store in `folder`."""
     name = f"lr-{rate}"
     settings = [f"run.name={name}", f"optim.lr={rate}", "train.epochs=8"]
     command = [sys.executable, str(ROOT / "train" / "main.py"), *settings]
@@ -70,7 +69,7 @@ def show_curves(browser: Chrome, experiment: str) -> None:
 
 
 def comparison_of(runs: list[RunFolder]) -> str:
-    """The address that the report links to."""
+    """Return the address that the report links to."""
     (store,) = find_stores(read_runs(run.path for run in runs))
     return dict(store.pages)["settings and results side by side"]
 
@@ -93,7 +92,7 @@ def show_figure(browser: Chrome, address: str) -> None:
 
 
 def save(browser: Chrome, name: str) -> None:
-    """Once the page has come to rest: pictures that follow one another are the same."""
+    """Save a picture of the page once it has come to rest: two that follow one another are the same."""
     close_assistant(browser)
     last = b""
 

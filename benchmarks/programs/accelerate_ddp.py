@@ -61,7 +61,7 @@ def train(accelerator: Accelerator, model: nn.Module, optimizer: Any, loader: An
 
 
 def test(accelerator: Accelerator, model: nn.Module, loader: Any) -> float:
-    """The share of test images that are classified rightly, over all ranks."""
+    """Return the share of test images that are classified rightly, over all ranks."""
     model.eval()
     num_right, num_images = 0, 0
     with torch.inference_mode():

@@ -13,18 +13,23 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from benchmarks.harness import print_result
 from benchmarks.programs.same_training import EpochClock, Training, parse_training, steady_rate
 from pipeline.base.launch import Launch
+from pipeline.config.schema import TrainConfig
+from pipeline.data.inputs import Inputs
 from pipeline.learning.losses import LOSSES
-from pipeline.learning.precision import Precision
+from pipeline.learning.update import Precision
 from pipeline.parallel.rank import Rank
-from pipeline.parallel.rendezvous import start_rank
+from pipeline.parallel.replicas import new_stream, on_stream
+from pipeline.parallel.start import start_rank
+from train.steps.captured import capture
 
-Step = Callable[[], None]
+Step = Callable[[], Tensor]
 
 
 class Neighbours:
@@ -37,13 +42,13 @@ class Neighbours:
         self._world_size = world_size
 
     def wait_for_all(self, what: str) -> None:
-        """Returns in all processes at once."""
+        """Return in all processes at once."""
         if self._store.add(f"{what}/arrived", 1) == self._world_size:
             self._store.set(f"{what}/all", "")
         self._store.wait([f"{what}/all"])
 
     def sum(self, what: str, value: float) -> float:
-        """Over all processes."""
+        """Return the sum of `value` over all processes."""
         self._store.set(f"{what}/{self._rank}", repr(value))
         return sum(float(self._store.get(f"{what}/{rank}")) for rank in range(self._world_size))
 
@@ -52,7 +57,7 @@ def main() -> None:
     training, _ = parse_training("forward, backward and update alone")
     launch = Launch.from_environment(os.environ)
     neighbours = Neighbours(launch)
-    with start_rank(replace(launch, rank=0, world_size=1), device=training.device) as rank:
+    with start_rank(replace(launch, rank=0, world_size=1), TrainConfig(device=training.device)) as rank:
         executions: dict[str, Callable[[Training, Rank], Step]] = {"eager": build_step}
         if rank.device.type == "cuda":
             executions["CUDA graph"] = build_graph
@@ -74,7 +79,7 @@ def main() -> None:
 def measure(
     name: str, build: Callable[[Training, Rank], Step], training: Training, rank: Rank, neighbours: Neighbours
 ) -> float:
-    """Images per second, summed over the processes."""
+    """Return the images per second, summed over the processes."""
     step, clock = build(training, rank), EpochClock(rank.device)
     num_steps = -(-training.images // (training.batch * rank.local_world_size))
     for epoch in range(training.epochs):
@@ -86,36 +91,42 @@ def measure(
 
 
 def build_step(training: Training, rank: Rank) -> Step:
-    """One optimizer step on a fixed batch."""
-    precision = Precision(training.precision, rank.device)
+    """Return one optimizer step on a fixed batch."""
+    precision, loss = Precision(training.precision, rank.device), LOSSES["nll"]
     network = training.build_network().to(rank.device).to(memory_format=torch.channels_last).train()
-    optimizer = training.build_convoy_optimizer(network, rank.device if rank.device.type == "cuda" else None)
-    parameters = list(network.parameters())
-    images = torch.randn(training.batch, 1, 28, 28, device=rank.device)
+    update = training.build_convoy_update(network, precision, rank.device if rank.device.type == "cuda" else None)
+    update.set_step(0)
     labels = torch.arange(training.batch, device=rank.device) % 10
+    inputs = Inputs(
+        images=torch.randn(training.batch, 1, 28, 28, device=rank.device),
+        classes=labels[None],
+        weights=torch.ones(1, training.batch, device=rank.device),
+    )
 
-    def step() -> None:
+    def step() -> Tensor:
         with precision.autocast():
-            loss = LOSSES["nll"].total(network(images), labels) / training.batch
-        precision.backward(loss)
-        precision.update(optimizer, parameters, clip_norm=None)
+            total = loss(network(inputs.images), inputs)
+        precision.backward(total * (1 / training.batch))
+        update()
+        return total.detach()
 
     return step
 
 
 def build_graph(training: Training, rank: Rank) -> Step:
-    """The same step, captured once and replayed as one launch."""
-    step = build_step(training, rank)
-    side = torch.cuda.Stream(rank.device)  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream(rank.device))
-    with torch.cuda.stream(side):
+    """Return the same step, captured once and replayed as one launch."""
+    step, stream = build_step(training, rank), new_stream(rank.device)
+    with on_stream(stream):
         for _ in range(3):  # what is allocated and chosen in the first steps must not be captured
             step()
-    torch.cuda.current_stream(rank.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    replay, loss = capture(step, stream)
+
+    def replayed() -> Tensor:
+        assert step is not None  # holds network, optimizer and images, on whose memory the graph works
+        replay()
+        return loss
+
+    return replayed
 
 
 if __name__ == "__main__":

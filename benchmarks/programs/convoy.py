@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.harness import BenchmarkError
+from benchmarks.harness import ROOT, BenchmarkError
 from benchmarks.programs.same_training import (
     EVAL_BATCH_SIZE,
     LEARNING_RATES,
@@ -14,14 +14,17 @@ from benchmarks.programs.same_training import (
     Training,
     steady_rate,
 )
+from pipeline.base.launch import Launch
+from pipeline.config import load_config, parse_command_line
+from train.attempt.claim import Invocation
 
 
 def convoy_settings(training: Training, ranks: int) -> list[str]:
-    """The training as key=value."""
+    """Return the training as key=value."""
     if training.data == "mnist":
         data = ["data.dataset=mnist", f"data.root={training.root}", "data.download=false"]
     else:
-        sizes = {"data.synthetic_train_size": training.images, "data.synthetic_eval_size": training.eval_images}
+        sizes = {"data.arguments.train_size": training.images, "data.arguments.validation_size": training.eval_images}
         data = ["data.dataset=synthetic", *(f"{key}={value}" for key, value in sizes.items())]
     return [
         *data,
@@ -41,8 +44,14 @@ def convoy_settings(training: Training, ranks: int) -> list[str]:
     ]
 
 
+def read_invocation(arguments: Sequence[str], launch: Launch) -> Invocation:
+    """Return what train/main.py makes of its arguments. Raises ConfigError."""
+    command = parse_command_line(arguments)
+    return Invocation(load_config(command), command.config_path.stem, launch, ROOT)
+
+
 def read_convoy_run(records: Iterable[Mapping[str, Any]], training: Training) -> dict[str, Any]:
-    """What a finished run says of itself. Raises BenchmarkError if not every epoch has its time."""
+    """Return what a finished run says of itself. Raises BenchmarkError if not every epoch has its time."""
     records = list(records)
     metrics = [record for record in records if record["kind"] == "metric"]
     epoch_seconds = [record["value"] for record in metrics if record["key"] == "perf/epoch_seconds"]

@@ -60,7 +60,10 @@ class Terms:
 
 
 def list_kernels(network: nn.Sequential, image: torch.Tensor) -> list[Kernel]:
-    """`image` is [1, C, H, W]. Raises ValueError for a network that does not begin with a weighted layer."""
+    """Return the kernels of a network for `image` [1, C, H, W].
+
+    Raises ValueError for a network that does not begin with a weighted layer.
+    """
     kernels: list[Kernel] = []
     values = image
     for name, layer in network.named_children():
@@ -106,7 +109,7 @@ class Floor:
 
     @property
     def seconds(self) -> float:
-        """The two can overlap, so that the longer one is what is left."""
+        """Return the longer of the two, which can overlap."""
         return max(self.memory_seconds, self.arithmetic_seconds)
 
 
@@ -116,7 +119,7 @@ def find_floor(terms: Terms, bytes_per_second: float, flops_per_second: float) -
 
 
 def best_seconds(action: Callable[[], object], repeats: int = 20) -> float:
-    """The shortest of `repeats`, after two for nothing, by the device's own clock."""
+    """Return the seconds of the shortest of `repeats`, after two for nothing, by the device's own clock."""
     times: list[float] = []
     for _ in range(repeats + 2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -129,14 +132,14 @@ def best_seconds(action: Callable[[], object], repeats: int = 20) -> float:
 
 
 def measure_copy(device: torch.device) -> float:
-    """Bytes per second, those read and those written counted both."""
+    """Return bytes per second, those read and those written counted both."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / best_seconds(lambda: target.copy_(source))
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second."""
+    """Return FLOPs per second."""
     left, right = (torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device, dtype=dtype) for _ in range(2))
     return 2 * MATRIX_SIZE**3 / best_seconds(lambda: left @ right)
 

@@ -11,13 +11,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.harness import ROOT, print_result
+from benchmarks.harness import print_result
 from pipeline.base.launch import Launch
-from pipeline.config import Config, load_config, parse_command_line
-from pipeline.data.sources.datasets import Dataset
+from pipeline.config import load_config, parse_command_line
+from pipeline.config.schema import DataConfig, TrainConfig
+from pipeline.data.build import list_dataset, load_dataset
+from pipeline.data.samples import Dataset, PixelSamples
 from pipeline.parallel.rank import Rank
-from pipeline.parallel.rendezvous import start_rank
-from train.build import build_data
+from pipeline.parallel.start import start_rank
 
 EVAL_SHARE = 6
 """Training images per evaluation image, as in MNIST."""
@@ -28,20 +29,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, required=True, help="28x28, for training")
     parser.add_argument("--apart", action="store_true", help="each rank makes and holds a dataset of its own")
     given = parser.parse_args()
-    sizes = {"train": given.images, "eval": max(1, given.images // EVAL_SHARE)}
-    settings = ["data.dataset=synthetic", *(f"data.synthetic_{name}_size={size}" for name, size in sizes.items())]
-    config = load_config(parse_command_line(settings, ROOT / "configs" / "default.yaml"), [])
-    with start_rank(Launch.from_environment(os.environ), device="cpu", threads=1) as rank:
-        measure(config, rank, apart=given.apart)
+    sizes = {"train": given.images, "validation": max(1, given.images // EVAL_SHARE)}
+    settings = ["data.dataset=synthetic", *(f"data.arguments.{name}_size={size}" for name, size in sizes.items())]
+    config = load_config(parse_command_line(settings))
+    with start_rank(Launch.from_environment(os.environ), TrainConfig(device="cpu", threads=1)) as rank:
+        measure(config.data, rank, apart=given.apart)
 
 
-def measure(config: Config, rank: Rank, *, apart: bool) -> None:
-    """Collective: every rank must call. Rank 0 prints the figures of all."""
+def measure(config: DataConfig, rank: Rank, *, apart: bool) -> None:
+    """Collective. Print the figures of all ranks, on rank 0."""
     rank.gather(None)  # from here on all share torch's pages, and nobody's time includes waiting for a late start
     before = proportional_bytes()
     rank.gather(None)
     started = time.perf_counter()
-    dataset = build_data(config, alone_on_node(rank) if apart else rank)
+    dataset = load_dataset(config, list_dataset(config, seed=0), alone_on_node(rank) if apart else rank)
     seconds = time.perf_counter() - started
     num_bytes = read_all(dataset)
     rank.gather(None)  # from here on all have read theirs
@@ -58,23 +59,24 @@ def measure(config: Config, rank: Rank, *, apart: bool) -> None:
 
 
 def alone_on_node(rank: Rank) -> Rank:
-    """Has nobody to share with."""
+    """Return a rank that has nobody to share with."""
     return replace(rank, local_rank=0, local_world_size=1)
 
 
 def read_all(dataset: Dataset) -> int:
-    """A page counts for a process when that has touched it. Returns the bytes of the dataset."""
+    """Touch each page, with which it counts for this process; return the bytes of the dataset."""
     num_bytes = 0
-    for images in (dataset.train, dataset.evaluation):
-        for tensor in (images.images, images.labels):
+    for samples in dataset.splits.values():
+        assert isinstance(samples, PixelSamples)
+        for tensor in (samples.pixels, samples.labels):
             tensor.max()  # unlike a sum, without a wider copy
             num_bytes += tensor.nbytes
     return num_bytes
 
 
 def proportional_bytes(name: str | None = None) -> int:
-    """Memory of this process, each page divided by the number of processes that map it; or that of the mappings whose
-    file has `name` in its path."""
+    """Return the memory of this process, each page divided by the number of processes that map it; or that of the
+    mappings whose file has `name` in its path."""
     if name is None:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
         return sum(pss_bytes(line) for line in lines)

@@ -58,7 +58,7 @@ def run(training: Training, workers: int, device: torch.device) -> None:
 
 
 def start_process_group(training: Training) -> torch.device:
-    """The device of this rank, which has joined the others."""
+    """Join the other ranks, and return the device of this one."""
     if training.device == "cpu":
         dist.init_process_group("gloo")
         return torch.device("cpu")
@@ -84,7 +84,7 @@ def train(
 
 
 def test(training: Training, model: nn.Module, device: torch.device, loader: Loader) -> float:
-    """The share of test images that are classified rightly, over all ranks."""
+    """Return the share of test images that are classified rightly, over all ranks."""
     model.eval()
     right_and_all = torch.zeros(2, device=device)
     with torch.inference_mode(), training.autocast:

@@ -21,10 +21,12 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from benchmarks.harness import print_result
-from pipeline.config import OptimConfig
-from pipeline.data.sources.datasets import DATASETS, DatasetInfo, ImageSet, load_dataset, synthetic_info
-from pipeline.learning.optim import build_optimizer
-from pipeline.models.catalog import build_model
+from pipeline.config.schema import OptimConfig
+from pipeline.data import samples
+from pipeline.data.catalog import source
+from pipeline.learning.optim import Schedule, build_optimizer
+from pipeline.learning.update import Precision, Update
+from pipeline.models.catalog import ModelSpec
 
 LEARNING_RATES = {"adadelta": 0.5, "sgd": 0.01}
 MOMENTUM = {"adadelta": 0.0, "sgd": 0.9}
@@ -51,41 +53,40 @@ class Training:
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def arguments(self) -> list[str]:
-        """What `parse_training` reads."""
+        """Return what `parse_training` reads."""
         return [f"--{each.name}={getattr(self, each.name)}" for each in fields(self)]
 
     @property
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def dataset_info(self) -> DatasetInfo:
-        if self.data == "mnist":
-            return DATASETS["mnist"]
-        return synthetic_info(
-            channels=1, num_classes=10, image_size=28, train_size=self.images, eval_size=self.eval_images
-        )
+    def dataset(self) -> samples.Dataset:
+        """Return the images that Convoy trains on."""
+        sizes = {"train_size": self.images, "validation_size": self.eval_images}
+        return source(self.data)(root=Path(self.root), seed=0, **(sizes if self.data == "synthetic" else {}))
 
     def build_network(self) -> nn.Module:
-        """The same initial weights in every process of a program."""
+        """Return the network with the same initial weights in every process of a program."""
         torch.manual_seed(0)
-        return build_model("convnet", 1, 28, 10)
+        return ModelSpec("convnet", {}, channels=1, image_size=28, num_classes=10).build()
 
     def build_torch_optimizer(self, network: nn.Module) -> Optimizer:
-        """As a script of its own would build it."""
+        """Return the optimizer as a script of its own would build it."""
         lr = LEARNING_RATES[self.optimizer]
         if self.optimizer == "sgd":
             return torch.optim.SGD(network.parameters(), lr=lr, momentum=MOMENTUM["sgd"])
         return torch.optim.Adadelta(network.parameters(), lr=lr)
 
-    def build_convoy_optimizer(self, network: nn.Module, capture_on: torch.device | None) -> Optimizer:
-        """As Convoy builds it, where the step is to be captured in a CUDA graph too."""
+    def build_convoy_update(self, network: nn.Module, precision: Precision, capture_on: torch.device | None) -> Update:
+        """Return the optimizer step as Convoy builds it, to be captured on a device in a CUDA graph if one is given."""
         lr, momentum = LEARNING_RATES[self.optimizer], MOMENTUM[self.optimizer]
-        config = OptimConfig(name=self.optimizer, lr=lr, momentum=momentum)
-        return build_optimizer(config, network.parameters(), capture_on=capture_on)
+        config = OptimConfig(name=self.optimizer, lr=lr, momentum=momentum, schedule="constant")
+        optimizer = build_optimizer(config, [{"params": list(network.parameters())}], capture_on=capture_on)
+        return Update(optimizer, Schedule(config, steps_per_epoch=1, total_steps=1), precision)
 
 
 def parse_training(description: str) -> tuple[Training, int]:
-    """The training and the number of DataLoader workers, from the command line of one of the programs."""
+    """Return the training and the number of DataLoader workers, from the command line of one of the programs."""
     parser = argparse.ArgumentParser(description=description)
     types = get_type_hints(Training)
     for each in fields(Training):
@@ -100,11 +101,12 @@ def parse_training(description: str) -> tuple[Training, int]:
 class SyntheticMnist(Dataset[tuple[Tensor, int]]):
     """Images in memory, handed out one by one as torchvision's MNIST does: a PIL image, transformed, and a number."""
 
-    def __init__(self, images: ImageSet, transform: Any):
+    def __init__(self, split: samples.Samples, transform: Any):
         from PIL import Image
 
-        self.data = images.images[:, 0]
-        self.targets = images.labels
+        assert isinstance(split, samples.PixelSamples)
+        self.data = split.pixels[:, 0]
+        self.targets = split.labels
         self._to_pil = Image.fromarray
         self._transform = transform
 
@@ -117,20 +119,19 @@ class SyntheticMnist(Dataset[tuple[Tensor, int]]):
 
 
 def torchvision_datasets(training: Training) -> tuple[Dataset[tuple[Tensor, int]], Dataset[tuple[Tensor, int]]]:
-    """Training and test images with the transforms of the examples."""
+    """Return training and test images with the transforms of the examples."""
     from torchvision import datasets, transforms
 
-    info = training.dataset_info()
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(info.mean, info.std)])
+    ours = training.dataset()
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(ours.mean, ours.std)])
     if training.data == "mnist":
         train, test = (datasets.MNIST(training.root, train=train, transform=transform) for train in (True, False))
         return cast("Dataset[tuple[Tensor, int]]", train), cast("Dataset[tuple[Tensor, int]]", test)
-    made = load_dataset(info, Path(training.root), image_size=None)
-    return SyntheticMnist(made.train, transform), SyntheticMnist(made.evaluation, transform)
+    return SyntheticMnist(ours.train, transform), SyntheticMnist(ours.validation, transform)
 
 
 def loader_settings(training: Training, workers: int) -> dict[str, Any]:
-    """What the documentation of torch, Lightning and Accelerate advises: pinned for GPUs, workers kept over epochs."""
+    """Return what the documentation of torch, Lightning and Accelerate advises: pinned for GPUs, workers kept."""
     return {
         "num_workers": workers,
         "pin_memory": training.device == "cuda",
@@ -166,14 +167,14 @@ class EpochClock:
 
 
 def steady_rate(images: int, epoch_seconds: list[float]) -> float:
-    """Images per second in the second and later epochs: the first one warms up what there is to warm up."""
+    """Return the images per second in the second and later epochs: the first one warms up what there is."""
     if len(epoch_seconds) < 2:
         raise ValueError(f"{len(epoch_seconds)} epoch(s): at least 2 are needed, the first is not counted")
     return images * (len(epoch_seconds) - 1) / sum(epoch_seconds[1:])
 
 
 def report(training: Training, clock: EpochClock, accuracy: float) -> None:
-    """For rank 0: the result of a program."""
+    """Print the result of a program, on rank 0."""
     print_result(
         {
             "images_per_second": steady_rate(training.images, clock.seconds),

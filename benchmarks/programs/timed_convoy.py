@@ -1,41 +1,65 @@
 """Convoy's training with the calls timed that record, time and save it, beside the time of its whole loop.
 
-torchrun --nproc_per_node=2 -m benchmarks.programs.timed_convoy train.epochs=2 [key=value ...]
+torchrun --nproc_per_node=2 -m benchmarks.programs.timed_convoy [--without-freeze] train.epochs=2 [key=value ...]
 
 Takes what train/main.py takes. The first epoch is not counted, nor what lies outside the loop over the batches.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 
-from benchmarks.harness import ROOT, print_result
+from benchmarks.harness import print_result
+from benchmarks.programs.convoy import read_invocation
 from pipeline.base.launch import Launch
-from pipeline.base.logs import start_logging
+from pipeline.base.logs import start_rank_logging
 from pipeline.base.signals import StopRequest
-from pipeline.base.startup import StartupTimer
-from pipeline.base.timing import PhaseTimer, build_timer
-from pipeline.config import CommandLine, Config
-from pipeline.parallel.rank import Rank
-from train import build
-from train.attempt.session import Session, open_session
-from train.main import read_config
-from train.output import FolderOutput
+from pipeline.base.timing import StartupTimer, build_timer
+from pipeline.parallel.rank import PendingSum, Rank
+from pipeline.run.journal import Journal
+from train.agreement import Agreement
+from train.display import BarDisplay, LineDisplay
+from train.main import run
+from train.output import Outcome
+from train.recording import Recording
 from train.trainer import Trainer
 
 WARM_UP_EPOCHS = 1
 NUM_REPLAYS = 5
+TIMER_METHODS = ("start", "begin_step", "lap", "read")
 
+TIMED_CALLS: tuple[tuple[type, str, str, str | None], ...] = (
+    (Recording, "begin", "records", None),
+    (Recording, "finish", "records", None),
+    (Journal, "metrics", "journal", None),
+    (Rank, "reduce_sum_later", "reduction", "records"),
+    (PendingSum, "values", "arrival", "records"),
+    (LineDisplay, "record", "display", None),
+    (BarDisplay, "record", "display", None),
+    (Trainer, "save", "save", None),
+    (Trainer, "state", "state", None),
+    (Agreement, "after_step", "votes", None),
+)
+"""Class, method, label, and the label of the calls inside which it counts (None: all).
+
+Of a record: `reduction` sends the sums of this rank, `arrival` waits for those of all, `journal` writes, `display`
+shows, `records` is all else. Of a checkpoint: `state` collects it, where the ranks meet, `save` writes.
+"""
+LABELS = (*dict.fromkeys(label for _, _, label, _ in TIMED_CALLS), "timers", "collection")
+"""`timers` are the calls of the phase timer, `collection` is Python's garbage collection."""
 Call = tuple[str, tuple[Any, ...]]
-"""Name of a method, and its arguments."""
+"""Name of a method of a timer, and its arguments."""
 
 
 class LoopClock:
@@ -46,126 +70,135 @@ class LoopClock:
 
     def __init__(self) -> None:
         self.loop_seconds = 0.0
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         self.calls: Counter[str] = Counter()
         self.is_running = False
-        self._inner: list[float] = []
-        """Of each call under way, the seconds of those inside it."""
+        self._under_way: list[tuple[str, float]] = []
+        """Label and start of each call, the innermost last."""
+        self._inner_seconds: list[float] = []
+        """Of each call under way, the seconds of the calls inside it."""
 
     @contextmanager
     def loop(self) -> Iterator[None]:
-        """What happens in here counts."""
-        self.is_running = True
-        started = time.perf_counter()
+        """Count what happens inside."""
+        self.is_running, started = True, time.perf_counter()
         yield
         self.loop_seconds += time.perf_counter() - started
         self.is_running = False
 
-    def time_calls(self, owner: object, name: str, label: str) -> None:
-        """From now on the method `name` of this one object counts under `label`."""
-        function = getattr(owner, name)
+    def begin(self, label: str) -> None:
+        self._inner_seconds.append(0.0)
+        self._under_way.append((label, time.perf_counter()))
+
+    def end(self) -> None:
+        label, started = self._under_way.pop()
+        seconds = time.perf_counter() - started
+        self.seconds[label] = self.seconds.get(label, 0.0) + seconds - self._inner_seconds.pop()
+        self.calls[label] += 1
+        if self._inner_seconds:
+            self._inner_seconds[-1] += seconds
+
+    def wrap(self, function: Callable[..., Any], label: str, within: str | None = None) -> Callable[..., Any]:
+        """Return `function` with its calls counted under `label`; with `within` only those that such a call makes."""
 
         def timed(*arguments: Any, **named: Any) -> Any:
-            if not self.is_running:
+            is_counted = within is None or (self._under_way and self._under_way[-1][0] == within)
+            if not (self.is_running and is_counted):
                 return function(*arguments, **named)
-            started = time.perf_counter()
-            self._inner.append(0.0)
-            result = function(*arguments, **named)
-            seconds = time.perf_counter() - started
-            self.seconds[label] += seconds - self._inner.pop()  # type: ignore[assignment]
-            self.calls[label] += 1
-            if self._inner:
-                self._inner[-1] += seconds
-            return result
+            self.begin(label)
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.end()
 
-        setattr(owner, name, timed)
+        return timed
+
+    def collecting(self, phase: Literal["start", "stop"], info: dict[str, int]) -> None:
+        """Count a garbage collection, as one of `gc.callbacks`."""
+        if self.is_running:
+            self.begin("collection") if phase == "start" else self.end()
 
 
 def main() -> None:
     launch = Launch.from_environment(os.environ)
-    start_logging(launch.rank)
-    command, config = read_config(None, launch)
-    with build.join(config, launch) as rank:
-        session = measure(config, command, launch, rank)
-    session.close()
-
-
-def measure(config: Config, command: CommandLine, launch: Launch, rank: Rank) -> Session:
-    """Collective: every rank must call. Rank 0, the one that writes, prints its figures."""
+    start_rank_logging(launch.rank)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--without-freeze", action="store_true", help="let every garbage collection visit all objects")
+    given, arguments = parser.parse_known_args()
     clock, timer_calls = LoopClock(), list[Call]()
-    dataset = build.build_data(config, rank)
-    with open_session(config, command.config_path.stem, launch, rank, dataset, ROOT) as session:
-        trainer = build.build_trainer(
-            config, rank, dataset, session.output, StopRequest(), StartupTimer(), session.start.run_id
-        )
-        time_parts(trainer, clock)
-        log_timer(trainer.timer, timer_calls, lambda: clock.is_running)
-        time_epochs(trainer, clock)
-        outcome = trainer.fit()
-        timer_seconds = time_timer(timer_calls, rank.device)  # on all ranks at once, as in the loop
-        session.end(outcome, trainer)
-    if rank.is_main:
-        print_result(
-            {
-                "loop_seconds": clock.loop_seconds,
-                "steps": sum(name == "begin_step" for name, _ in timer_calls),
-                "seconds": {**clock.seconds, "timers": timer_seconds},
-                "calls": {**clock.calls, "timers": len(timer_calls)},
-            }
-        )
-    return session
+    with ExitStack() as stack:
+        if given.without_freeze:
+            stack.enter_context(mock.patch.object(gc, "freeze"))
+        stack.enter_context(timing(clock, timer_calls))
+        run(read_invocation(arguments, launch), StopRequest(), StartupTimer())
+    if launch.rank == 0:
+        steps = sum(name == "begin_step" for name, _ in timer_calls)
+        figures = {"loop_seconds": clock.loop_seconds, "steps": steps}
+        seconds, calls = dict.fromkeys(LABELS, 0.0) | clock.seconds, dict.fromkeys(LABELS, 0) | clock.calls
+        print_result(figures | {"seconds": seconds, "calls": calls})
 
 
-def time_parts(trainer: Trainer, clock: LoopClock) -> None:
-    """Of a record: `reduction` sends the sums of this rank, `arrival` waits for those of all, `journal` writes,
-    `display` shows, `records` is all else. Of a checkpoint: `state` collects it, where the ranks meet, `save` writes.
+@contextmanager
+def timing(clock: LoopClock, timer_calls: list[Call]) -> Iterator[None]:
+    """Time the trainings inside with `clock`, and list the calls of their timers.
+
+    Classes are patched, not objects: a trainer whose own method is replaced by a function that holds it would be kept
+    until a garbage collection, and with it what has to be gone before the process group is left.
     """
-    for name in ("begin_record", "finish_record"):
-        clock.time_calls(trainer, name, "records")
-    if isinstance(trainer.output, FolderOutput):  # of rank 0
-        clock.time_calls(trainer.output.journal, "metrics", "journal")
-    reduce = trainer.meter.reduce
-
-    def reduce_and_time_its_arrival(*arguments: Any) -> Any:
-        record = reduce(*arguments)
-        clock.time_calls(record, "result", "arrival")
-        return record
-
-    setattr(trainer.meter, "reduce", reduce_and_time_its_arrival)  # noqa: B010 (mypy forbids the assignment)
-    clock.time_calls(trainer.meter, "reduce", "reduction")
-    clock.time_calls(trainer.display, "record", "display")
-    clock.time_calls(trainer, "save", "save")
-    clock.time_calls(trainer, "state", "state")
-    clock.time_calls(trainer.ballot, "after_step", "votes")
+    with ExitStack() as stack:
+        for owner, name, label, within in TIMED_CALLS:
+            stack.enter_context(mock.patch.object(owner, name, clock.wrap(getattr(owner, name), label, within)))
+        stack.enter_context(mock.patch.object(Trainer, "train_epoch", count_epochs(Trainer.train_epoch, clock)))
+        stack.enter_context(mock.patch.object(Trainer, "fit", time_timers(Trainer.fit, clock, timer_calls)))
+        gc.callbacks.append(clock.collecting)
+        stack.callback(gc.callbacks.remove, clock.collecting)
+        yield
 
 
-def time_epochs(trainer: Trainer, clock: LoopClock) -> None:
-    train_epoch = trainer.train_epoch
+def count_epochs(train_epoch: Callable[[Trainer], bool], clock: LoopClock) -> Callable[[Trainer], bool]:
+    """Return `train_epoch` in the loop of `clock`, but for the first epochs."""
 
-    def timed() -> bool:
+    def counted(trainer: Trainer) -> bool:
         if trainer.position.epoch < WARM_UP_EPOCHS:
-            return train_epoch()
+            return train_epoch(trainer)
         with clock.loop():
-            return train_epoch()
+            return train_epoch(trainer)
 
-    setattr(trainer, "train_epoch", timed)  # noqa: B010
+    return counted
 
 
-def log_timer(timer: PhaseTimer, calls: list[Call], is_counting: Callable[[], bool]) -> None:
-    """Write down the calls of a timer; timed one by one, the reading of the clock would be most of each."""
+def time_timers(fit: Callable[[Trainer], Outcome], clock: LoopClock, calls: list[Call]) -> Callable[[Trainer], Outcome]:
+    """Return `fit`, behind which the calls of the trainer's timer are repeated and timed: one by one, in the loop, the
+    reading of the clock would be most of each."""
 
-    def log(name: str) -> None:
+    def timed(trainer: Trainer) -> Outcome:
+        with listing(type(trainer.timer), calls, lambda: clock.is_running):
+            outcome = fit(trainer)
+        clock.seconds["timers"] = time_timer(calls, trainer.rank.device)  # on all ranks at once, as in the loop
+        clock.calls["timers"] = len(calls)
+        return outcome
+
+    return timed
+
+
+@contextmanager
+def listing(timer: type, calls: list[Call], is_counting: Callable[[], bool]) -> Iterator[None]:
+    """Write down the calls of all timers of a class."""
+
+    def listed(name: str) -> Callable[..., Any]:
         function = getattr(timer, name)
 
-        def logged(*arguments: Any) -> Any:
+        def call(self: object, *arguments: Any) -> Any:
             if is_counting():
                 calls.append((name, arguments))
-            return function(*arguments)
+            return function(self, *arguments)
 
-        setattr(timer, name, logged)
+        return call
 
-    for name in ("start", "begin_step", "lap", "read"):
-        log(name)
+    with ExitStack() as stack:
+        for name in TIMER_METHODS:
+            stack.enter_context(mock.patch.object(timer, name, listed(name)))
+        yield
 
 
 class NoTimer:
@@ -185,14 +218,14 @@ class NoTimer:
 
 
 def time_timer(calls: Sequence[Call], device: torch.device) -> float:
-    """Seconds that the same calls take of a fresh timer, without those of repeating them."""
+    """Return the seconds that the same calls take of a fresh timer, without those of repeating them."""
     real = median(replay(calls, build_timer(device)) for _ in range(NUM_REPLAYS))
     empty = median(replay(calls, NoTimer()) for _ in range(NUM_REPLAYS))
     return real - empty
 
 
 def replay(calls: Sequence[Call], timer: object) -> float:
-    """Seconds."""
+    """Return the seconds that the calls take."""
     started = time.perf_counter()
     for name, arguments in calls:
         getattr(timer, name)(*arguments)

@@ -9,28 +9,36 @@ nothing before or behind them.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
-from benchmarks.harness import ROOT, print_result
+from benchmarks.harness import print_result
+from benchmarks.programs.convoy import read_invocation
 from pipeline.base.launch import Launch
-from pipeline.base.logs import start_logging
+from pipeline.base.logs import start_rank_logging
 from pipeline.base.signals import StopRequest
-from pipeline.base.startup import StartupTimer
+from pipeline.base.timing import StartupTimer
 from pipeline.run.folder import RunFolder
 from pipeline.run.journal import Journal
-from train import build
-from train.attempt.session import open_session
-from train.main import read_config
-from train.output import FolderOutput
+from train.main import run
+from train.output import FolderOutput, Outcome
+from train.trainer import Trainer
 
-METHODS = {
-    Journal: ("metrics", "append", "append_all", "status", "sync"),
-    FolderOutput: ("predictions",),
-    RunFolder: ("update_status",),
-}
+LOOPS: tuple[tuple[type, str], ...] = ((Trainer, "train_epoch"), (Trainer, "evaluate"))
+"""Nothing counts but in these; none calls another."""
+CALLS: tuple[tuple[type, str], ...] = (
+    (Journal, "metrics"),
+    (Journal, "append"),
+    (Journal, "status"),
+    (Journal, "sync"),
+    (FolderOutput, "predictions"),
+    (RunFolder, "update_status"),
+)
 """All that a training does for what is shown of it, in MLflow and in its status."""
 
 
@@ -42,12 +50,12 @@ class CallLog:
         self.cpu_seconds: dict[str, list[float]] = defaultdict(list)
         """What is left of a long call without waiting for a core or the disk."""
         self.loop_seconds = 0.0
+        self.num_steps = 0
         self._is_running = False
         self._is_inside = False
 
-    def time_loop(self, owner: object, name: str) -> None:
-        """Only within calls of the methods that are given to this anything counts; none of them may call another."""
-        function = getattr(owner, name)
+    def wrap_loop(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function`, during whose calls the others count."""
 
         def timed(*arguments: Any) -> Any:
             self._is_running, started = True, time.perf_counter()
@@ -57,11 +65,10 @@ class CallLog:
                 self.loop_seconds += time.perf_counter() - started
                 self._is_running = False
 
-        setattr(owner, name, timed)
+        return timed
 
-    def time_calls(self, owner: object, name: str) -> None:
-        """`owner`: an object, or a class for all of its objects."""
-        function: Callable[..., Any] = getattr(owner, name)
+    def wrap(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        """Return `function` with its calls counted under `label`."""
 
         def timed(*arguments: Any, **named: Any) -> Any:
             if self._is_inside or not self._is_running:
@@ -70,11 +77,11 @@ class CallLog:
             try:
                 return function(*arguments, **named)
             finally:
-                self.seconds[name].append(time.perf_counter() - started)
-                self.cpu_seconds[name].append(time.thread_time() - cpu_started)
+                self.seconds[label].append(time.perf_counter() - started)
+                self.cpu_seconds[label].append(time.thread_time() - cpu_started)
                 self._is_inside = False
 
-        setattr(owner, name, timed)
+        return timed
 
     def summary(self) -> dict[str, dict[str, float]]:
         return {
@@ -90,25 +97,37 @@ class CallLog:
 
 def main() -> None:
     launch = Launch.from_environment(os.environ)
-    start_logging(launch.rank)
-    command, config = read_config(None, launch)
+    start_rank_logging(launch.rank)
     log = CallLog()
-    with build.join(config, launch) as rank:
-        dataset = build.build_data(config, rank)
-        with open_session(config, command.config_path.stem, launch, rank, dataset, ROOT) as session:
-            trainer = build.build_trainer(
-                config, rank, dataset, session.output, StopRequest(), StartupTimer(), session.start.run_id
-            )
-            for name in ("train_epoch", "evaluate"):
-                log.time_loop(trainer, name)
-            for owner, names in METHODS.items():
-                for name in names:
-                    log.time_calls(owner, name)
-            session.end(trainer.fit(), trainer)
+    with timing(log):
+        run(read_invocation(sys.argv[1:], launch), StopRequest(), StartupTimer())
     if launch.rank == 0:
-        steps = trainer.position.global_step
-        print_result({"loop_seconds": log.loop_seconds, "steps": steps, "calls": log.summary()})
-    session.close()
+        print_result({"loop_seconds": log.loop_seconds, "steps": log.num_steps, "calls": log.summary()})
+
+
+@contextmanager
+def timing(log: CallLog) -> Iterator[None]:
+    """Log the calls of the trainings inside.
+
+    Classes are patched, not objects: a trainer whose own method is replaced by a function that holds it would be kept
+    until a garbage collection, and with it what has to be gone before the process group is left.
+    """
+    with ExitStack() as stack:
+        for owner, name in LOOPS:
+            stack.enter_context(mock.patch.object(owner, name, log.wrap_loop(getattr(owner, name))))
+        for owner, name in CALLS:
+            stack.enter_context(mock.patch.object(owner, name, log.wrap(getattr(owner, name), name)))
+        stack.enter_context(mock.patch.object(Trainer, "fit", count_steps(Trainer.fit, log)))
+        yield
+
+
+def count_steps(fit: Callable[[Trainer], Outcome], log: CallLog) -> Callable[[Trainer], Outcome]:
+    def counted(trainer: Trainer) -> Outcome:
+        outcome = fit(trainer)
+        log.num_steps = trainer.position.global_step
+        return outcome
+
+    return counted
 
 
 if __name__ == "__main__":

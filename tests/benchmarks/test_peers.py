@@ -22,7 +22,9 @@ from benchmarks.programs.same_training import (
     torchvision_datasets,
 )
 from pipeline.config import load_config, parse_command_line
-from pipeline.data.sources.datasets import load_dataset
+from pipeline.data.build import list_dataset
+from pipeline.data.samples import PixelSamples
+from pipeline.learning.update import Precision
 from pipeline.run.journal import Journal, read_journal
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +124,7 @@ def test_options_that_do_not_fit_together_are_refused(
 
 def test_the_recipe_is_the_one_of_the_config() -> None:
     options = peers.read_options(["--recipe", "--data", "mnist", "--root", "somewhere", "--device", "cpu"])
-    command = parse_command_line(["--config", str(ROOT / "configs" / "mnist.yaml")], ROOT / "configs" / "default.yaml")
+    command = parse_command_line(["--config", str(ROOT / "configs" / "mnist.yaml")])
     recipe = load_config(command, [])
     training = options.training
     assert training.batch * options.ranks == recipe.data.global_batch_size
@@ -172,9 +174,13 @@ def test_a_peer_may_fail_once_and_that_is_told_while_convoy_may_not(monkeypatch:
 
 def test_convoy_is_given_the_training_that_the_others_are_given() -> None:
     training = Training(images=640, eval_images=100, epochs=3, batch=16, optimizer="sgd")
-    command = parse_command_line(convoy_settings(training, ranks=4), ROOT / "configs" / "default.yaml")
+    command = parse_command_line(convoy_settings(training, ranks=4))
     config = load_config(command, [])
-    assert (config.data.synthetic_train_size, config.data.synthetic_eval_size) == (640, 100)
+    assert config.data.dataset == "synthetic"
+    assert {key: int(value) for key, value in config.data.arguments.items()} == {
+        "train_size": 640,
+        "validation_size": 100,
+    }
     assert config.data.global_batch_size == 64
     assert (config.optim.name, config.optim.lr, config.optim.momentum) == ("sgd", 0.01, 0.9)
     assert (config.train.epochs, config.train.device, config.train.precision) == (3, "cpu", "fp32")
@@ -184,7 +190,7 @@ def test_convoy_is_given_the_training_that_the_others_are_given() -> None:
 def test_convoys_figures_are_those_of_its_journal(tmp_path: Path) -> None:
     training = Training(images=100, epochs=3)
     journal = Journal(tmp_path / "journal.jsonl")
-    journal.append("tags", values={"threads_per_rank": "2"})
+    journal.append({"kind": "tags", "values": {"threads_per_rank": "2"}})
     for step, (seconds, accuracy) in enumerate([(9.0, 0.1), (1.0, 0.7), (3.0, 0.9)]):
         journal.metrics({"perf/epoch_seconds": seconds}, step)
         journal.metrics({"eval/accuracy": accuracy}, step)
@@ -209,15 +215,16 @@ def test_the_programs_read_the_training_that_they_are_given(monkeypatch: pytest.
 
 def test_the_peers_are_given_the_pixels_that_convoy_is_given() -> None:
     training = Training(images=20, eval_images=10)
-    info = training.dataset_info()
-    ours = load_dataset(info, Path("nowhere"), image_size=None)
-    for theirs, images in zip(torchvision_datasets(training), (ours.train, ours.evaluation), strict=True):
-        assert len(theirs) == len(images.labels)  # type: ignore[arg-type]
-        items = [theirs[index] for index in range(len(images.labels))]
+    config = load_config(parse_command_line(convoy_settings(training, ranks=1)))
+    ours = list_dataset(config.data, config.run.seed)
+    for theirs, split in zip(torchvision_datasets(training), (ours.train, ours.validation), strict=True):
+        assert isinstance(split, PixelSamples)
+        assert len(theirs) == len(split)  # type: ignore[arg-type]
+        items = [theirs[index] for index in range(len(split))]
         torch.testing.assert_close(
-            torch.stack([pixels for pixels, _ in items]), (images.images / 255 - info.mean[0]) / info.std[0]
+            torch.stack([pixels for pixels, _ in items]), (split.pixels / 255 - ours.mean[0]) / ours.std[0]
         )
-        assert [label for _, label in items] == images.labels.tolist()
+        assert [label for _, label in items] == split.labels.tolist()
 
 
 def test_sgd_and_adadelta_are_set_as_convoy_sets_them() -> None:
@@ -225,7 +232,8 @@ def test_sgd_and_adadelta_are_set_as_convoy_sets_them() -> None:
         training = Training(optimizer=name)
         network = training.build_network()
         torchs = training.build_torch_optimizer(network)
-        convoys = training.build_convoy_optimizer(network, torch.device("cpu"))
+        device = torch.device("cpu")
+        convoys = training.build_convoy_update(network, Precision("fp32", device), capture_on=None).optimizer
         assert isinstance(convoys, type(torchs))
         for key in ("lr", "momentum", "weight_decay", "rho", "eps"):
-            assert torchs.defaults.get(key) == convoys.defaults.get(key), key
+            assert torchs.param_groups[0].get(key) == convoys.param_groups[0].get(key), key

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +14,7 @@ from benchmarks.harness import BenchmarkError
 from benchmarks.time_to_accuracy import SeedRun, Summary
 from pipeline.config import load_config, parse_command_line
 from pipeline.run.journal import Journal, read_journal
+from pipeline.run.records import Record
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,10 +25,10 @@ def runs(*accuracies: float) -> list[SeedRun]:
 
 def journal_records(
     path: Path, epoch_seconds: Sequence[float], accuracies: Sequence[float], epochs: int
-) -> list[dict[str, Any]]:
-    """As a training writes them."""
+) -> list[Record]:
+    """Return the records as a training writes them."""
     journal = Journal(path)
-    journal.append("params", values={"train.epochs": epochs})
+    journal.append({"kind": "params", "values": {"train.epochs": epochs}})
     for step, seconds in enumerate(epoch_seconds, 1):
         journal.metrics({"train/accuracy": 1.0, "perf/epoch_seconds": seconds}, step)
     for step, accuracy in enumerate(accuracies, 1):
@@ -98,7 +98,7 @@ def test_the_seed_and_the_settings_given_arrive_in_the_training(tmp_path: Path) 
     configs = []
     for seed in options.seeds:
         arguments = time_to_accuracy.training_command(options, seed, tmp_path)[2:]
-        configs.append(load_config(parse_command_line(arguments, ROOT / "configs" / "default.yaml"), []))
+        configs.append(load_config(parse_command_line(arguments), []))
     assert [config.run.seed for config in configs] == [0, 1]
     assert len({config.run.name for config in configs}) == 2
     for config in configs:
