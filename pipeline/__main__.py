@@ -1,31 +1,39 @@
-"""`python -m pipeline <command>`: what surrounds a run."""
+"""`convoy <command>` or `python -m pipeline <command>`: what surrounds a training."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from pipeline.commands import prepare, publish, report, sample, sweep, sync
+from pipeline.commands import monitor, prepare, publish, report, sweep, sync
 
-COMMANDS = {"prepare": prepare, "sync": sync, "report": report, "sweep": sweep}
-PROCESSES = {"publish": publish, "sample": sample}
+COMMANDS = {"prepare": prepare, "sync": sync, "report": report, "sweep": sweep, "publish": publish, "monitor": monitor}
+BESIDE = ("publish", "monitor")
 """What a training starts beside itself, and people need not see."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline")
+    """Run a command; return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:  # -P: not a folder called train where it is started
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "train.main", *argv[1:]])
+    prog = "convoy" if Path(sys.argv[0]).name == "convoy" else "python -m pipeline"
+    parser = argparse.ArgumentParser(prog=prog)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    help_train = "train on one process; on several ranks: torchrun --nproc_per_node=N -m train.main"
+    subparsers.add_parser("train", help=help_train)
     for name, command in COMMANDS.items():
-        command.add_arguments(subparsers.add_parser(name, help=command.HELP, description=command.HELP))
-    for name, process in PROCESSES.items():
-        process.add_arguments(subparsers.add_parser(name, description=process.HELP))
+        shown = {} if name in BESIDE else {"help": command.HELP}
+        command.add_arguments(subparsers.add_parser(name, description=command.HELP, **shown))
     arguments, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(arguments, "settings") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse takes key=value in one place only
         arguments.settings += rest
-    exit_code: int = (COMMANDS | PROCESSES)[arguments.command].run(arguments)
+    exit_code: int = COMMANDS[arguments.command].run(arguments)
     return exit_code
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from pipeline.base.launch import Launch
-from pipeline.parallel.rendezvous import start_rank
+from pipeline.config.schema import TrainConfig
+from pipeline.parallel.start import start_rank
 
 TIMEOUT = 120.0
 """Seconds for all ranks together; the suite shares two cores with whatever else runs."""
@@ -104,9 +105,8 @@ def _run(
         sender.send_bytes(pickle.dumps((succeeded, result)))
 
     try:
-        with start_rank(
-            launch, device="cpu", threads=1, timeout=TIMEOUT, rendezvous=f"file://{folder}/rendezvous"
-        ) as rank:
+        config = TrainConfig(device="cpu", threads=1, hang_timeout=TIMEOUT)
+        with start_rank(launch, config, rendezvous=f"file://{folder}/rendezvous") as rank:
             send(True, function(rank, *arguments))
     except BaseException:
         send(False, traceback.format_exc())

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from selenium.webdriver import ActionChains, Chrome
-from selenium.webdriver.common.by import By
+from selenium.webdriver import Chrome
 
 from pipeline.__main__ import main
 from pipeline.config import FIELDS
-from pipeline.report.comparison import read_runs
-from pipeline.report.links import LOCAL_SERVER, find_stores
+from pipeline.report.comparison import LOCAL_SERVER, find_stores, read_runs
 from pipeline.run.folder import RunFolder
 from tests.browser import all_of, missing_for_browser, open_browser, read_console, wait_for, with_text
 from tests.mlflow_pages import (
@@ -165,17 +163,11 @@ def test_the_report_works_from_a_file_without_a_word_on_the_console(browser: Chr
     keep_screenshot(browser, "report")
     (setting,) = rows_with(browser, "run")[1:2]
     assert setting == ["run", "optim.lr"]
-    charts = all_of(browser, ".chart > svg")
-    assert len(charts) == 4
-    for chart in charts:
-        assert len(chart.find_elements(By.CSS_SELECTOR, ".line polyline")) == 2
-    ActionChains(browser).move_to_element(charts[0]).perform()
-    (readout,) = all_of(browser, ".readout")
-    assert all(name in readout.text for name in RATES)
+    assert len(all_of(browser, ".charts img")) == 4
     for summary in all_of(browser, "summary"):
         summary.click()
-    images = all_of(browser, ".pictures img")
-    assert len(images) >= 2 * 4
+    images = all_of(browser, ".charts img, .pictures img")
+    assert len(images) >= 4 + 2 * 4
     wait_for(browser, lambda: all(int(str(image.get_property("naturalWidth"))) > 0 for image in images), "all figures")
     keep_screenshot(browser, "report-open")
     assert read_console(browser) == []

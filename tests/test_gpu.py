@@ -14,22 +14,24 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from pipeline.base.launch import Launch
-from pipeline.parallel.ddp import new_stream
+from pipeline.config.schema import TrainConfig
 from pipeline.parallel.rank import Rank
-from pipeline.parallel.rendezvous import start_rank
-from pipeline.parallel.replicas import replicate
-from tests.train.helpers import config_of, flat_weights, make_trainer
-from train.steps.captured import StaticStep
+from pipeline.parallel.replicas import DDPReplicas, new_stream
+from pipeline.parallel.start import start_rank
+from tests.train.helpers import config_of, flat_weights, make_trainer, set_total_steps
+from train.steps.captured import CapturedStep
 from train.steps.eager import EagerStep
 from train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
+NO_DROPOUT = ("model.arguments.dropout=0", "model.arguments.dropout2d=0")
 SYNTHETIC = (
     "data.dataset=synthetic",
-    "data.synthetic_train_size=2048",
+    "data.arguments.train_size=2048",
     "data.global_batch_size=64",
     "optim.schedule=constant",
     "train.epochs=2",
@@ -59,7 +61,7 @@ def on_gpu(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _with_rank(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    with start_rank(Launch(), device="cuda") as rank:
+    with start_rank(Launch(), TrainConfig(device="cuda")) as rank:
         return function(rank, *arguments)
 
 
@@ -80,7 +82,7 @@ def test_a_rank_takes_the_gpu_by_itself(tmp_path: Path) -> None:
 
 
 def test_two_ranks_on_one_gpu_over_gloo_train_as_one(tmp_path: Path) -> None:
-    exact = ("train.precision=fp64", "model.dropout=0", "model.dropout2d=0", "train.backend=gloo")
+    exact = ("train.precision=fp64", *NO_DROPOUT, "train.backend=gloo")
     one = losses(train(tmp_path, "one", *exact))
     two = losses(train(tmp_path, "two", *exact, ranks=2))
     assert one == pytest.approx(two, abs=1e-9)
@@ -127,8 +129,8 @@ def _train_both_ways(rank: Rank, optimizer: str, model: str) -> tuple[torch.Tens
     for way in ("auto", "never"):
         settings = (*SYNTHETIC, f"optim.name={optimizer}", "optim.lr=0.003", *momentum, f"model.name={model}")
         trainer, _ = make_trainer(rank, config_of(*settings, "train.precision=fp32", f"train.cuda_graph={way}"), 320)
-        assert isinstance(trainer.step, StaticStep if way == "auto" else EagerStep)
-        trainer.schedule = replace(trainer.schedule, total_steps=5)
+        assert isinstance(trainer.step, CapturedStep if way == "auto" else EagerStep)
+        set_total_steps(trainer, 5)
         trainer.step.prepare()
         trainer.train_epoch()
         results.append(flat_weights(trainer).cpu())
@@ -143,7 +145,7 @@ def test_capturing_leaves_weights_and_optimizer_as_they_were(optimizer: str) -> 
 
 def _capture_in_the_middle(rank: Rank, optimizer: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     trainer, recorder = make_trainer(rank, config_of(*SYNTHETIC, f"optim.name={optimizer}", "train.cuda_graph=never"))
-    trainer.schedule = replace(trainer.schedule, total_steps=32)
+    set_total_steps(trainer, 32)
     trainer.train_epoch()
     trainer.save()
     state = recorder.states[-1]
@@ -156,7 +158,7 @@ def _capture_in_the_middle(rank: Rank, optimizer: str) -> list[tuple[torch.Tenso
 
 def everything(trainer: Trainer) -> list[torch.Tensor]:
     """Weights and state of the optimizer, but for the learning rate, which every step sets."""
-    states = (value for state in trainer.optimizer.state.values() for value in state.values())
+    states = (value for state in trainer.update.optimizer.state.values() for value in state.values())
     return [flat_weights(trainer).cpu().clone(), *(v.cpu().clone() for v in states if isinstance(v, torch.Tensor))]
 
 
@@ -166,17 +168,24 @@ def test_a_short_last_batch_has_its_exact_gradient_when_captured() -> None:
 
 
 def _change_by_short_batch(rank: Rank) -> tuple[torch.Tensor, torch.Tensor]:
-    exact = ("train.precision=fp64", "optim.name=sgd", "optim.lr=1", "model.dropout=0", "model.dropout2d=0")
+    exact = (
+        "train.precision=fp64",
+        "optim.name=sgd",
+        "optim.lr=1",
+        *NO_DROPOUT,
+    )
     trainer, _ = make_trainer(rank, config_of(*SYNTHETIC, *exact), 7)
-    assert isinstance(trainer.step, StaticStep)
-    trainer.step = StaticStep(trainer.step._parts, batch_size=64, stream=trainer.step._stream)
-    images, labels = trainer.train_loader.inputs(torch.arange(7, device=rank.device))
-    loss = torch.nn.functional.nll_loss(trainer.network(images), labels)
-    reference = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trainer.network.parameters()))])
+    assert isinstance(trainer.step, CapturedStep)
+    trainer.step = CapturedStep(trainer.step._parts, batch_size=64, stream=trainer.step._stream)
+    inputs = trainer.train_loader.prepare(torch.arange(7, device=rank.device))
+    loss = torch.nn.functional.nll_loss(trainer.model(inputs.images), inputs.classes[0])
+    reference = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trainer.model.parameters()))])
+    # alive, its graph would keep the gradient accumulators on the default stream, where they break a capture
+    del loss, inputs
     before = flat_weights(trainer).clone()
     trainer.step.prepare()
-    (batch,) = list(trainer.train_loader)
-    trainer.step(batch, lr=1.0, global_step=0)
+    (batch,) = list(trainer.train_loader.batches(0))
+    trainer.step(batch, 0)
     return (before - flat_weights(trainer)).cpu(), reference.cpu()
 
 
@@ -194,15 +203,13 @@ def _train_with_ddp(rank: Rank, compress: bool) -> tuple[torch.Tensor, torch.Ten
     for captured in (True, False):
         stream = new_stream(rank.device) if captured else None
         trainer, _ = make_trainer(replace(rank, backend="none"), config_of(*SYNTHETIC, "train.precision=fp32"), 320)
-        assert isinstance(trainer.step, StaticStep)
+        assert isinstance(trainer.step, CapturedStep)
         images = torch.zeros(1, 1, 28, 28, device=rank.device)
-        replicas = replicate(
-            trainer.network, rank, trainer.timer, images, timeout=60, compress=compress, capture_stream=stream
-        )
-        assert ("bfloat16" in replicas.gradients) == compress
+        replicas = DDPReplicas(trainer.model, rank, trainer.timer, images, 1, compress, stream)
+        assert ("bfloat16" in replicas.description) == compress
         parts = replace(trainer.step._parts, replicas=replicas)
-        trainer.step = StaticStep(parts, 64, stream) if captured else EagerStep(parts)
-        trainer.schedule = replace(trainer.schedule, total_steps=5)
+        trainer.step = CapturedStep(parts, 64, stream) if captured else EagerStep(parts)
+        set_total_steps(trainer, 5)
         trainer.step.prepare()
         trainer.train_epoch()
         results.append(flat_weights(trainer).cpu())
@@ -211,7 +218,7 @@ def _train_with_ddp(rank: Rank, compress: bool) -> tuple[torch.Tensor, torch.Ten
     return results[0], results[1]
 
 
-def test_a_compiled_network_trains(tmp_path: Path) -> None:
+def test_a_compiled_model_trains(tmp_path: Path) -> None:
     values = losses(train(tmp_path, "compiled", "train.compile=true"))
     assert values[-1] < 0.5 * values[0]
 
@@ -229,13 +236,13 @@ def _weights_after_nan(rank: Rank, optimizer: str, graph: str) -> tuple[torch.Te
         *SYNTHETIC, "train.precision=fp32", f"optim.name={optimizer}", "optim.lr=0.01", f"train.cuda_graph={graph}"
     )
     trainer, _ = make_trainer(rank, config, 64 * 6)
-    shift = trainer.train_loader._normalize.shift  # type: ignore[attr-defined]
+    shift = trainer.train_loader.prepare.normalize.shift
     usual = shift.clone()
     trainer.step.prepare()
-    for number, batch in enumerate(trainer.train_loader):
+    for number, batch in enumerate(trainer.train_loader.batches(0)):
         shift.copy_(torch.full_like(usual, torch.nan) if number == 2 else usual)
-        trainer.step(batch, lr=0.01, global_step=number)
-    return flat_weights(trainer).cpu(), trainer.precision.skipped.tolist()
+        trainer.step(batch, number)
+    return flat_weights(trainer).cpu(), trainer.update.skipped.tolist()
 
 
 @pytest.mark.parametrize("graph", ["auto", "never"])
@@ -247,7 +254,7 @@ def test_a_step_without_finite_gradients_is_skipped_by_the_device(optimizer: str
 
 
 def final_weights(folder: Path, name: str) -> torch.Tensor:
-    loaded = torch.load(folder / "runs" / name / "model" / "final.pt", map_location="cpu", weights_only=True)
+    loaded = load_file(folder / "runs" / name / "model" / "final.safetensors")
     return torch.cat([value.flatten() for value in loaded.values()])
 
 

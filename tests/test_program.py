@@ -21,14 +21,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
-from pipeline.data.sources.datasets import DATASETS, load_dataset
+from pipeline.config import Config
+from pipeline.data.build import list_dataset
+from pipeline.data.samples import PixelSamples
 from tests.servers import free_port, mlflow_server
 
 ROOT = Path(__file__).parents[1]
 MAIN = ROOT / "train" / "main.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-TINY = ("data.dataset=synthetic", "data.image_size=12", "data.synthetic_train_size=640", "data.synthetic_eval_size=64")
+SIZES = ("data.arguments.image_size=12", "data.arguments.train_size=640", "data.arguments.validation_size=64")
+TINY = ("data.dataset=synthetic", *SIZES)
 
 
 def torchrun(folder: Path, *arguments: str, ranks: int = 2, script: Path = MAIN) -> subprocess.CompletedProcess[str]:
@@ -53,9 +57,9 @@ from train.steps.eager import EagerStep
 
 step, rank = EagerStep.__call__, int(os.environ["RANK"])
 
-def step_with_fault(self, batch, *, lr, global_step):
+def step_with_fault(self, batch, global_step):
 {textwrap.indent(textwrap.dedent(fault), "    ")}
-    return step(self, batch, lr=lr, global_step=global_step)
+    return step(self, batch, global_step)
 
 EagerStep.__call__ = step_with_fault
 sys.exit(main())
@@ -141,8 +145,8 @@ def test_its_curves_in_mlflow_are_those_of_the_journal(digits: Digits) -> None:
         *("perf/images_per_second", "perf/epoch_seconds"),
         *(f"time/{phase}_ms" for phase in ("data", "forward", "backward", "communication", "update", "other")),
         *("time/slowest_rank", "time/imbalance", "time/evaluation_seconds", "time/save_seconds"),
-        *(f"startup/{phase}_seconds" for phase in ("imports", "config", "ranks", "data", "run_folder", "build")),
-        *("startup/first_step_seconds", "startup/total_seconds"),
+        *(f"startup/{phase}_seconds" for phase in ("imports", "config", "ranks", "claim", "data", "run_folder")),
+        *("startup/build_seconds", "startup/first_step_seconds", "startup/total_seconds"),
     }
     (run,) = mlflow_runs(digits.folder)
     for key, points in recorded.items():
@@ -196,12 +200,13 @@ def test_its_model_served_over_http_answers_for_every_test_image_as_it_was_evalu
     """Without unpickling, and 100 images a request: the accuracy of the answers is that of the best evaluation."""
     (run,) = mlflow_runs(digits.folder)
     (logged,) = client(digits.folder).search_logged_models([run.info.experiment_id])
-    test = load_dataset(DATASETS["digits"], digits.folder, image_size=None).evaluation
+    samples = list_dataset(Config().data, seed=0).validation
+    assert isinstance(samples, PixelSamples)
     num_right = 0
     with served_model(digits.folder, logged.model_id) as url:
-        for images, labels in zip(torch.split(test.images, 100), torch.split(test.labels, 100), strict=True):
+        for images, labels in zip(torch.split(samples.pixels, 100), torch.split(samples.labels, 100), strict=True):
             num_right += int((torch.tensor(ask(url, images.tolist())).argmax(1) == labels).sum())
-    assert num_right / len(test.labels) == best_evaluation(digits.run)["value"]
+    assert num_right / len(samples) == best_evaluation(digits.run)["value"]
 
 
 @contextmanager
@@ -244,7 +249,7 @@ def ask(url: str, images: list[Any]) -> list[list[float]]:
     return predictions
 
 
-def test_its_predictions_can_be_seen_as_slides_over_the_training(digits: Digits) -> None:
+def test_snapshots_of_its_predictions_can_be_seen_over_the_training(digits: Digits) -> None:
     (run,) = mlflow_runs(digits.folder)
     images = client(digits.folder).list_artifacts(run.info.run_id, "images")
     steps = [int(re.split("[+%]", Path(image.path).name)[2]) for image in images if image.path.endswith(".webp")]
@@ -260,9 +265,9 @@ def test_it_says_what_it_is_and_who_did_it(digits: Digits) -> None:
 
 
 def test_its_weights_load_without_code_and_have_unwrapped_names(digits: Digits) -> None:
-    for name in ("final.pt", "best.pt"):
-        weights = torch.load(digits.run / "model" / name, weights_only=True)
-        assert list(weights)[:2] == ["conv1.weight", "conv1.bias"]
+    for name in ("final", "best"):
+        weights = load_file(digits.run / "model" / f"{name}.safetensors")
+        assert sorted(weights)[:2] == ["conv1.bias", "conv1.weight"]
 
 
 def test_a_bare_mlflow_server_in_that_folder_shows_it(digits: Digits) -> None:
@@ -427,9 +432,9 @@ def test_a_job_that_loses_a_node_goes_on_with_the_others(tmp_path: Path) -> None
         _wait_for(lambda: reached(before + 200), timeout=150)
         first.terminate()
         first.wait(60)
-    resumed = [r["values"] for r in journal(status.parent) if "resume.1.world_size" in r.get("values", {})]
+    resumed = [r["values"] for r in journal(status.parent) if "attempt.2.world_size" in r.get("values", {})]
     assert world == ["2"]
-    assert resumed[0]["resume.1.world_size"] == "1"
+    assert resumed[0]["attempt.2.world_size"] == "1"
 
 
 def test_a_folder_whose_training_is_alive_is_refused_with_its_holder_named(tmp_path: Path) -> None:

@@ -1,35 +1,26 @@
-"""What a person sees of the training while it runs: a progress bar on a terminal, plain lines elsewhere."""
+"""The training as a person sees it while it runs: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.learning.metrics import Evaluation
-from pipeline.learning.stragglers import Straggler
+from pipeline.learning.metrics import Evaluation, Straggler
+from pipeline.parallel.rank import Rank
 
 logger = logging.getLogger("convoy")
 RECORDS_PER_TIMES = 10
-"""How many lines of a record come between two of times."""
+"""Lines of records between two lines of times."""
 NOTABLE_IMBALANCE = 0.1
 
 
-class Display(Protocol):
-    """Of every rank; only rank 0's shows anything."""
-
-    def begin_epoch(self, epoch: int, samples_seen: int) -> None: ...
-    def advance(self, count: int) -> None: ...
-    def record(self, step: int, metrics: Mapping[str, float], straggler: Straggler | None) -> None: ...
-    def end_epoch(self) -> None: ...
-    def evaluated(self, epoch: int, evaluation: Evaluation, seconds: float) -> None: ...
-    def saved(self, step: int, seconds: float) -> None: ...
-
-
-class NoDisplay:
-    """Of all ranks but the first."""
+class Display:
+    """What a person sees of the training. This one shows nothing: it is that of all ranks but the first."""
 
     def begin_epoch(self, epoch: int, samples_seen: int) -> None:
         pass
@@ -50,7 +41,7 @@ class NoDisplay:
         pass
 
 
-class LineDisplay:
+class LineDisplay(Display):
     """A line per record, and one per evaluation."""
 
     def __init__(self, num_epochs: int, total_steps: int):
@@ -61,9 +52,6 @@ class LineDisplay:
 
     def begin_epoch(self, epoch: int, samples_seen: int) -> None:
         self._epoch = epoch
-
-    def advance(self, count: int) -> None:
-        pass
 
     def record(self, step: int, metrics: Mapping[str, float], straggler: Straggler | None) -> None:
         logger.info(
@@ -81,9 +69,6 @@ class LineDisplay:
         if self._records % RECORDS_PER_TIMES == 1:
             logger.info("%s", describe_times(metrics, straggler))
 
-    def end_epoch(self) -> None:
-        pass
-
     def evaluated(self, epoch: int, evaluation: Evaluation, seconds: float) -> None:
         logger.info("%s", _describe(epoch, self._num_epochs, evaluation, seconds))
 
@@ -91,13 +76,13 @@ class LineDisplay:
         logger.info("step %d saved in %.2f s", step, seconds)
 
 
-class BarDisplay:
+class BarDisplay(Display):
     """A bar per epoch that counts images, with loss, images/s and time left; evaluations and times remain as lines."""
 
     def __init__(self, num_epochs: int, num_samples: int):
         self._num_epochs = num_epochs
         self._num_samples = num_samples
-        self._bar: tqdm[Any] | None = None
+        self._bar: tqdm[Any] = tqdm(disable=True)
         self._times = ""
 
     def begin_epoch(self, epoch: int, samples_seen: int) -> None:
@@ -111,17 +96,14 @@ class BarDisplay:
         )
 
     def advance(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.update(count)
+        self._bar.update(count)
 
     def record(self, step: int, metrics: Mapping[str, float], straggler: Straggler | None) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", refresh=False)
+        self._bar.set_postfix(loss=f"{metrics['train/loss']:.4f}", refresh=False)
         self._times = describe_times(metrics, straggler)
 
     def end_epoch(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def evaluated(self, epoch: int, evaluation: Evaluation, seconds: float) -> None:
         tqdm.write(_describe(epoch, self._num_epochs, evaluation, seconds))
@@ -129,20 +111,19 @@ class BarDisplay:
             tqdm.write(self._times)
 
     def saved(self, step: int, seconds: float) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix(saved=f"step {step}", refresh=False)
+        self._bar.set_postfix(saved=f"step {step}", refresh=False)
 
 
 def _describe(epoch: int, num_epochs: int, evaluation: Evaluation, seconds: float) -> str:
     return (
-        f"epoch {epoch + 1}/{num_epochs}  test loss {evaluation.loss:.4f}  "
+        f"epoch {epoch + 1}/{num_epochs}  validation loss {evaluation.loss:.4f}  "
         f"accuracy {evaluation.accuracy:.2%} ({evaluation.num_correct:,}/{evaluation.count:,}), "
         f"evaluated in {seconds:.1f} s"
     )
 
 
 def describe_times(metrics: Mapping[str, float], straggler: Straggler | None) -> str:
-    """Where the time of a step goes, and who keeps the others waiting."""
+    """Return a line that says where the time of a step goes, and which rank keeps the others waiting."""
     times = {name[len("time/") : -len("_ms")]: ms for name, ms in metrics.items() if name.endswith("_ms")}
     total = sum(times.values())
     parts = [f"{phase.replace('_', ' ')} {ms / total:.0%}" for phase, ms in times.items() if ms > 0.005 * total]
@@ -151,3 +132,12 @@ def describe_times(metrics: Mapping[str, float], straggler: Straggler | None) ->
         lead = f"{straggler.imbalance:.0%} above the mean, most of it in {straggler.phase.replace('_', ' ')}"
         text += f"; slowest is rank {straggler.rank}, {lead}"
     return text
+
+
+def build_display(rank: Rank, num_epochs: int, num_samples: int, total_steps: int) -> Display:
+    """Return rank 0's display: a bar on a terminal, lines elsewhere; the other ranks show nothing."""
+    if not rank.is_main:
+        return Display()
+    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        return BarDisplay(num_epochs, num_samples)
+    return LineDisplay(num_epochs, total_steps)

@@ -1,7 +1,7 @@
 """How a training is executed where that is not set: by rule, never by timing, and by rank 0 for all.
 
-The rules look at the device, the shapes, the settings and the room there is. Other ways of doing a step give other last
-bits: chosen by a stopwatch, they would make a run that nobody can repeat.
+The rules look at the device, the shapes, the settings and the room there is. Other ways of executing a step give other
+last bits: chosen by a stopwatch, they would make a run that nobody can repeat.
 """
 
 from __future__ import annotations
@@ -11,34 +11,36 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config import Config
-from pipeline.data.sources.datasets import Dataset
-from pipeline.learning.precision import choose_precision
+from pipeline.data.build import num_bytes
+from pipeline.data.samples import Dataset
+from pipeline.learning.update import choose_precision
 from pipeline.parallel.rank import Rank
 
 
 @dataclass(frozen=True)
-class Choices:
+class Execution:
     placement: str
     """`device` or `workers`."""
+    precision: str
+    """`fp32`, `bf16`, `fp16` or `fp64`."""
     is_captured: bool
     """Whether the step is replayed as a CUDA graph."""
     compress: bool
-    """Whether gradients travel as bf16."""
+    """Whether gradients are sent as bf16."""
     reasons: dict[str, str]
-    """What was chosen and why, for people: name of the tag -> text."""
+    """Name of a tag -> what was chosen and why, for people."""
 
 
-def choose(config: Config, rank: Rank, dataset: Dataset) -> Choices:
-    """Collective: every rank must call."""
-    return rank.from_main(lambda: _choose(config, rank, dataset))
+def choose_execution(config: Config, rank: Rank, dataset: Dataset) -> Execution:
+    """Collective. Return what rank 0 chooses for all."""
+    return rank.run_on_main(lambda: _choose(config, rank, dataset))
 
 
-def _choose(config: Config, rank: Rank, dataset: Dataset) -> Choices:
-    device, num_bytes = rank.device, dataset.train.images.nbytes + dataset.evaluation.images.nbytes
+def _choose(config: Config, rank: Rank, dataset: Dataset) -> Execution:
     num_sharing = -(-rank.local_world_size // max(1, torch.cuda.device_count()))
-    placement, why_there = choose_placement(config.data.placement, num_bytes * num_sharing, device)
+    placement, why_there = choose_placement(config.data.placement, num_bytes(dataset) * num_sharing, rank.device)
     obstacle = find_capture_obstacle(config, rank, placement)
-    precision = choose_precision(config.train.precision, device)
+    precision = choose_precision(config.train.precision, rank.device)
     compress = rank.backend == "nccl" and (
         config.train.compress == "bf16" or (config.train.compress == "auto" and precision == "bf16")
     )
@@ -47,11 +49,11 @@ def _choose(config: Config, rank: Rank, dataset: Dataset) -> Choices:
         "precision": precision,
         "step": "CUDA graph" if obstacle is None else f"eager ({obstacle})",
     }
-    return Choices(placement, obstacle is None, compress, reasons)
+    return Execution(placement, precision, obstacle is None, compress, reasons)
 
 
 def find_capture_obstacle(config: Config, rank: Rank, placement: str) -> str | None:
-    """Why the step cannot be replayed as a CUDA graph; None if it can."""
+    """Return why the step cannot be replayed as a CUDA graph; None if it can."""
     obstacles = {
         "train.reproducible": config.train.reproducible,
         "on CPU": rank.device.type != "cuda",
@@ -66,7 +68,7 @@ def find_capture_obstacle(config: Config, rank: Rank, placement: str) -> str | N
 
 
 def choose_placement(placement: str, num_bytes: int, device: torch.device) -> tuple[str, str]:
-    """`device` or `workers`, and the reason. auto: on the device if the uint8 data fill at most half of what is free.
+    """Return `device` or `workers`, and the reason. auto: `device` if the images fill at most half of what is free.
 
     On CPU the data are in the memory of the device already.
     """

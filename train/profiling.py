@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -15,25 +15,18 @@ NUM_SKIPPED = 5
 """Steps before the trace begins, in which caches fill and kernels are chosen."""
 
 
-class Profiler(Protocol):
-    """Told of the end of each step, and of the training."""
+class Profiler:
+    """Is told of the end of each step, and of the training. This one does nothing."""
 
     def after_step(self, output: RunOutput) -> bool:
-        """Whether it took its time to write a trace."""
+        """Return whether time was spent on writing a trace."""
+        return False
 
     def close(self, output: RunOutput) -> None:
         """Write what there is of a trace that is not complete."""
 
 
-class NoProfiler:
-    def after_step(self, output: RunOutput) -> bool:
-        return False
-
-    def close(self, output: RunOutput) -> None:
-        pass
-
-
-class StepProfiler:
+class StepProfiler(Profiler):
     """Traces `num_steps` consecutive steps of this rank and gives the trace to the run."""
 
     def __init__(self, num_steps: int):
@@ -61,3 +54,8 @@ class StepProfiler:
             self._profile = None
         elif self._steps_seen < NUM_SKIPPED:
             logger.warning("no trace: the training ended before step %d, behind which it begins", NUM_SKIPPED)
+
+
+def build_profiler(num_steps: int) -> Profiler:
+    """Return a profiler that traces `num_steps` steps; for 0 one that does nothing."""
+    return StepProfiler(num_steps) if num_steps else Profiler()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
@@ -38,6 +39,14 @@ def write_synced(path: Path, content: bytes | str | Callable[[IO[bytes]], object
         os.fsync(file.fileno())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one if there is no such file, or it is damaged."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError, TypeError, ValueError):
+        return {}
+
+
 def sync_folder(folder: Path) -> None:
     """Make the renames in `folder` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -51,6 +60,11 @@ def sync_folder(folder: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock between processes, after waiting for it. The kernel releases it when its holder dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        # closing alone would leave the lock with a child that was forked meanwhile
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)

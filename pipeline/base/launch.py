@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -18,47 +20,37 @@ class Launch:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    run_id: str | None = None
-    """Of the job under torchrun, the same across elastic restarts; None without torchrun."""
-    is_restart: bool = False
-    """Whether torchrun has restarted the job after a failure."""
-    launcher_pid: int | None = None
-    """Of torchrun; None without it."""
+    run_id: str | None = None  # of the job under torchrun, the same across elastic restarts; None without torchrun
+    is_restart: bool = False  # by torchrun, after a failure
+    launcher_pid: int | None = None  # of torchrun; None without it
     max_restarts: int = 0
-    num_cores: int | None = None
-    """Of this node, granted by Slurm, which need not keep processes from using all."""
-    is_requeued: bool = False
-    """Whether Slurm has started the job before."""
+    num_cores: int | None = None  # of this node, granted by Slurm, which need not keep processes from using all
+    is_requeued: bool = False  # by Slurm, which has started the job before
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Launch:
-        """Without RANK it is a world of one.
+        """Return what the environment says, without RANK a world of one.
 
         Raises ValueError if RANK is set, but not all that belongs to it, and for processes that do not know each other.
         """
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        missing = [name for name in names if name not in environment]
         num_cores = int(environment.get("SLURM_CPUS_ON_NODE", "0")) or None
         is_requeued = int(environment.get("SLURM_RESTART_COUNT", "0")) > 0
-        if len(missing) == len(names) or (missing and "RANK" not in environment):
+        if "RANK" not in environment:
             _check_world(1, environment)
             return cls(num_cores=num_cores, is_requeued=is_requeued)
-        if missing or not {"MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        if missing := [name for name in (*NUMBERS, "MASTER_ADDR", "MASTER_PORT") if name not in environment]:
             raise ValueError(
-                f"RANK is set, but not {', '.join(missing) or 'MASTER_ADDR and MASTER_PORT'}: start with torchrun, "
-                "which sets them all, or unset RANK for a single process"
+                f"RANK is set, but not {', '.join(missing)}: start with torchrun, which sets them all, or unset RANK "
+                "for a single process"
             )
         run_id = environment.get("TORCHELASTIC_RUN_ID")
         if run_id == "none":  # torchrun's default: then the agent, which outlives its workers, stands for the job
-            run_id = f"{socket.gethostname()}-{os.getppid()}-{_start_ticks(os.getppid())}"
-        rank, local_rank, world_size, local_world_size = (int(environment[name]) for name in names)
-        _check_world(world_size, environment)
+            run_id = f"{socket.gethostname()}-{os.getppid()}-{start_ticks(os.getppid())}"
+        numbers = {name.lower(): int(environment[name]) for name in NUMBERS}
+        _check_world(numbers["world_size"], environment)
         return cls(
-            rank,
-            local_rank,
-            world_size,
-            local_world_size,
-            run_id,
+            **numbers,
+            run_id=run_id,
             is_restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
             launcher_pid=None if run_id is None else os.getppid(),
             max_restarts=int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")),
@@ -81,17 +73,16 @@ class Launch:
         return self.max_restarts > 0 and self.world_size > self.local_world_size
 
     def await_end(self, seconds: float) -> None:
-        """Leave the first word to the rank that has the cause: the launcher ends this one when that has exited.
+        """Wait for the launcher to end this process, once the rank that has the cause of a failure has exited.
 
-        Exiting at once could make the launcher end that rank before it has spoken. Without a launcher nobody would
-        end this process, so it does not wait.
+        Exiting at once could make the launcher end that rank before it has spoken. Without a launcher it does not wait.
         """
         if self.run_id is not None and self.world_size > 1:
             threading.Event().wait(seconds)
 
 
 def _check_world(world_size: int, environment: Mapping[str, str]) -> None:
-    """Against what a batch script was granted; a world too small would train in all nodes apart."""
+    """Raise ValueError if a batch script was granted another world: the nodes of it would train apart."""
     granted = int(environment.get("CONVOY_WORLD_SIZE", world_size))
     if world_size != granted:
         raise ValueError(
@@ -106,9 +97,6 @@ def _check_world(world_size: int, environment: Mapping[str, str]) -> None:
         )
 
 
-def _start_ticks(pid: int) -> str:
-    """When a process started, which tells it from a later one with the same number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return "0"
+def start_ticks(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot: a later one may have the same number."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -1,4 +1,4 @@
-"""The log of this process: the logger `convoy` and its handler."""
+"""The log of this process: the logger `convoy` and its handler. The root logger, which mlflow uses, is left alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ import socket
 import sys
 
 
-def start_logging(rank: int) -> logging.Logger:
-    """Rank 0 logs INFO as plain lines; the others warnings, with their rank. The root logger is left alone."""
-    logger = logging.getLogger("convoy")
-    handler = logging.StreamHandler(sys.stdout)
+def start_rank_logging(rank: int) -> logging.Logger:
+    """Log INFO as plain lines on rank 0, and warnings with their rank on the others, to standard output."""
     form = "%(message)s" if rank == 0 else f"[rank {rank} on {socket.gethostname()}] %(levelname)s %(message)s"
+    return _start(logging.StreamHandler(sys.stdout), form, logging.INFO if rank == 0 else logging.WARNING)
+
+
+def start_command_logging() -> logging.Logger:
+    """Log INFO with the time, to standard error."""
+    return _start(logging.StreamHandler(sys.stderr), "%(asctime)s %(message)s", logging.INFO)
+
+
+def _start(handler: logging.Handler, form: str, level: int) -> logging.Logger:
+    logger = logging.getLogger("convoy")
     handler.setFormatter(logging.Formatter(form))
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.setLevel(level)
     logger.propagate = False
     return logger

@@ -9,22 +9,19 @@ from pathlib import Path
 
 import torch
 
-SLURM_VARIABLES = (
-    "SLURM_JOB_ID",
-    "SLURM_ARRAY_JOB_ID",
-    "SLURM_ARRAY_TASK_ID",
-    "SLURM_JOB_NODELIST",
-    "SLURM_JOB_PARTITION",
-    "SLURM_RESTART_COUNT",
+OF_JOB = (
+    *("slurm_job_id", "slurm_array_job_id", "slurm_array_task_id"),
+    *("slurm_job_nodelist", "slurm_job_partition", "slurm_restart_count"),
 )
+"""Tags, and in capitals the variables that hold their values."""
 
 
 def collect_provenance(environment: Mapping[str, str], repository: Path) -> dict[str, str]:
-    """Tags of host, torch and Slurm, and of the commit if `repository` is a git checkout."""
+    """Return tags of host, torch and Slurm, and of the commit if `repository` is a git checkout."""
     tags = {"host": socket.gethostname(), "torch": torch.__version__}
     if torch.cuda.is_available():
         tags["gpu"] = torch.cuda.get_device_name()
-    tags |= {name.lower(): environment[name] for name in SLURM_VARIABLES if name in environment}
+    tags |= {tag: environment[tag.upper()] for tag in OF_JOB if tag.upper() in environment}
     commit = _git(repository, "rev-parse", "HEAD")
     if commit is not None:
         changes = _git(repository, "status", "--porcelain", "--untracked-files=no")

@@ -28,12 +28,11 @@ class StopRequest:
         return self.reason is not None
 
     def ask(self, reason: str) -> None:
-        """Of the first request the reason is kept."""
-        if not self:
-            self.reason = reason
+        """Ask to stop; the reason of the first request is kept."""
+        self.reason = self.reason or reason
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """A second signal ends the process at once."""
+        """Ask to stop by the first signal; end the process at once by a second one."""
         now = time.monotonic()
         if self._signalled_at is None:
             self._signalled_at = now
@@ -45,7 +44,7 @@ class StopRequest:
 
 @contextmanager
 def listen_for_stop(request: StopRequest | None = None) -> Iterator[StopRequest]:
-    """Only in the main thread, as Python has it for signal handlers."""
+    """Yield `request`, or a new one, which SIGNALS set. Only in the main thread, as Python has it for handlers."""
     request = StopRequest() if request is None else request
     before = {number: signal.signal(number, request.receive) for number in SIGNALS}
     try:
@@ -56,7 +55,7 @@ def listen_for_stop(request: StopRequest | None = None) -> Iterator[StopRequest]
 
 
 def ignore_stop_signals() -> None:
-    """For a process that was started beside a training: what a job is sent is meant for the training, which ends it."""
+    """Ignore SIGNALS in a process beside a training: what a job is sent is meant for the training, which ends it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by `start_beside`, until here

@@ -1,73 +1,55 @@
-"""Named times of the phases of a step, always on: a clock reading at each boundary and no more."""
+"""Named times, always on: of the phases of a step, and of what lies before the first step."""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
 
 import torch
 
+from pipeline.base.launch import start_ticks
+from pipeline.base.phases import PHASES as PHASES
+
 logger = logging.getLogger("convoy")
-
-PHASES = ("data", "host_to_device", "forward", "backward", "communication", "update", "graph", "other")
-"""In the order of a step. `communication` is what of it is not hidden behind `backward`, waiting for other ranks
-included; `graph` is all from `data` to `update` where that is replayed as one; `other` is the loop's book-keeping."""
-
-
-class PhaseTimer(Protocol):
-    @property
-    def last(self) -> float:
-        """When the last lap was, on a clock of its own."""
-
-    def start(self) -> None:
-        """Begin to count; what lies between the last lap and now belongs to no phase."""
-
-    def begin_step(self) -> None:
-        """A new optimizer step begins here."""
-
-    def lap(self, phase: str) -> None:
-        """The time since the last lap (or start) was spent in `phase`."""
-
-    def read(self) -> PhaseTimes:
-        """Since the last reading, which is forgotten."""
 
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """Of one rank."""
+    """The times of one rank since the reading before."""
 
-    seconds: float
-    """On the clock of the host, all phases together."""
-    milliseconds: tuple[float, ...]
-    """Per optimizer step, by PHASES."""
+    seconds: float  # all phases together, on the clock of the host
+    milliseconds: tuple[float, ...]  # per optimizer step, by PHASES
 
 
-class HostTimer:
+class PhaseTimer:
     """For devices that compute while the call lasts: every step is timed, at 0.1 microseconds a lap."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._num_steps = 0
-        self._last = 0.0
-
-    @property
-    def last(self) -> float:
-        return self._last
+        self.last = 0.0
+        """When the last lap was, on a clock of its own."""
 
     def start(self) -> None:
-        self._last = time.perf_counter()
+        """Begin to count; what lies between the last lap and now belongs to no phase."""
+        self.last = time.perf_counter()
 
     def begin_step(self) -> None:
+        """Count a new optimizer step, which begins here."""
         self._num_steps += 1
 
     def lap(self, phase: str) -> None:
+        """Count the time since the last lap or start as spent in `phase`."""
         now = time.perf_counter()
-        self._seconds[phase] += now - self._last
-        self._last = now
+        self._seconds[phase] += now - self.last
+        self.last = now
 
     def read(self) -> PhaseTimes:
+        """Return the times since the last reading, and forget them."""
         seconds = [self._seconds[phase] for phase in PHASES]
         milliseconds = tuple(1e3 * value / max(1, self._num_steps) for value in seconds)
         self._seconds = dict.fromkeys(PHASES, 0.0)
@@ -75,7 +57,7 @@ class HostTimer:
         return PhaseTimes(sum(seconds), milliseconds)
 
 
-class CudaTimer:
+class CudaTimer(PhaseTimer):
     """For GPUs, where a call returns before its work is done: the first step after each reading is timed by events.
 
     Events of the other steps would cost more than their phases where a step takes 100 microseconds. An event is read
@@ -84,22 +66,18 @@ class CudaTimer:
     """
 
     def __init__(self) -> None:
-        self._host = HostTimer()
+        super().__init__()
         self._events: list[tuple[str, torch.cuda.Event]] = []
         self._sampled = (0.0,) * len(PHASES)
         self._state = "idle"  # -> sampling -> complete, until read
 
-    @property
-    def last(self) -> float:
-        return self._host.last
-
     def start(self) -> None:
-        self._host.start()
+        super().start()
         if self._state == "sampling":  # an evaluation or a save has cut the step off
             self._state, self._events = "idle", []
 
     def begin_step(self) -> None:
-        self._host.begin_step()
+        super().begin_step()
         if self._state == "idle":
             self._state = "sampling"
             self._record("begin")
@@ -107,19 +85,18 @@ class CudaTimer:
             self._state = "complete"
 
     def lap(self, phase: str) -> None:
-        self._host.lap(phase)
+        super().lap(phase)
         if self._state == "sampling":
             self._record(phase)
 
     def read(self) -> PhaseTimes:
         if self._state == "complete" and self._events[-1][1].query():  # type: ignore[no-untyped-call]
             totals = dict.fromkeys(PHASES, 0.0)
-            for (_, before), (phase, event) in zip(self._events, self._events[1:], strict=False):
+            for (_, before), (phase, event) in pairwise(self._events):
                 totals[phase] += before.elapsed_time(event)
-            self._sampled = tuple(totals[phase] for phase in PHASES)
+            self._sampled = tuple(totals.values())
             self._state, self._events = "idle", []
-        host = self._host.read()
-        return PhaseTimes(host.seconds, self._sampled)
+        return PhaseTimes(super().read().seconds, self._sampled)
 
     def _record(self, phase: str) -> None:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -128,4 +105,35 @@ class CudaTimer:
 
 
 def build_timer(device: torch.device) -> PhaseTimer:
-    return CudaTimer() if device.type == "cuda" else HostTimer()
+    return CudaTimer() if device.type == "cuda" else PhaseTimer()
+
+
+class StartupTimer:
+    """Times the phases from the start of this process to its first optimizer step."""
+
+    def __init__(self) -> None:
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
+        self._began = self._last = time.perf_counter() - age
+        self._seconds: dict[str, float] = {}
+        self._done = False
+        self.lap("imports")  # and the interpreter before them
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[phase] = now - self._last
+        self._last = now
+
+    def after_step(self, record: Callable[[Mapping[str, float], int], None], step: int) -> bool:
+        """Record `startup/<phase>_seconds` and their sum behind the first step, and return True; later do nothing."""
+        if self._done:
+            return False
+        self._done = True
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+        self.lap("first_step")
+        total = self._last - self._began
+        seconds = {f"startup/{phase}_seconds": value for phase, value in self._seconds.items()}
+        record(seconds | {"startup/total_seconds": total}, step)
+        parts = ", ".join(f"{phase.replace('_', ' ')} {value:.1f}" for phase, value in self._seconds.items())
+        logger.info("first step %.1f s after the start of the process: %s", total, parts)
+        return True

@@ -15,21 +15,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0; 1: one of them cannot be had; 2: there is no such dataset."""
-    from pipeline.data.sources.datasets import (  # torch, which no other command waits for
-        DATASETS,
-        DataError,
-        prepare_dataset,
-    )
+    """Return 0; 1 if one of them cannot be had, 2 if there is no such dataset."""
+    from pipeline.data.catalog import source  # imports torch, which no other command waits for
+    from pipeline.data.samples import DataError
 
-    if unknown := [name for name in arguments.dataset if name not in DATASETS]:
-        print(f"{', '.join(unknown)}: unknown; accepted: {', '.join(DATASETS)}", file=sys.stderr)
+    try:
+        datasets = [source(name)(root=arguments.root, seed=0) for name in arguments.dataset]
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
     exit_code = 0
-    for name in arguments.dataset:
+    for dataset in datasets:
         try:
-            prepare_dataset(DATASETS[name], arguments.root, download=True)
-            print(f"{name}: ready, and verified")
+            if dataset.files is not None:
+                dataset.files.prepare(download=True)
+            print(f"{dataset.name}: ready, and verified")
         except DataError as error:
             print(error, file=sys.stderr)
             exit_code = 1

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.base.files import locked
+from pipeline.base.logs import start_command_logging
 from pipeline.base.signals import ignore_stop_signals
-from pipeline.run.folder import RunFolder
-from pipeline.run.locks import is_being_trained
+from pipeline.run.folder import RunFolder, is_being_trained
 
 HELP = "publish one run's journal to MLflow (what a training starts by itself)"
 
@@ -36,27 +33,25 @@ MLFLOW_SETTINGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--follow", type=int, metavar="PID", help="go on until this parent, the training, has ended")
+    parser.add_argument("--follow", type=int, required=True, metavar="PID", help="the training, which is the parent")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.follow:
-        ignore_stop_signals()
+    ignore_stop_signals()
     os.nice(10)
-    start_logging()
-    folder = RunFolder(arguments.run_dir.absolute())
+    start_command_logging()
 
     def is_parent_alive() -> bool:
         return bool(os.getppid() == arguments.follow)
 
-    if arguments.follow:
-        threading.Thread(target=end_after, args=(is_parent_alive, AFTER_DEATH + 2), daemon=True).start()
+    threading.Thread(target=end_after, args=(is_parent_alive, AFTER_DEATH + 2), daemon=True).start()
+    folder = RunFolder(arguments.run_dir.absolute())
     succeeded, _ = publish(folder, os.environ["MLFLOW_TRACKING_URI"], is_parent_alive)
     return 0 if succeeded else 1
 
 
 def end_after(is_parent_alive: Callable[[], bool], seconds: float) -> None:
-    """End this process so long after its parent's death, whatever it waits for; all is in the journal."""
+    """End this process `seconds` after its parent's death, whatever it waits for; all is in the journal."""
     while is_parent_alive():
         time.sleep(0.5)
     time.sleep(seconds)
@@ -66,38 +61,15 @@ def end_after(is_parent_alive: Callable[[], bool], seconds: float) -> None:
 def publish(
     folder: RunFolder, uri: str, is_parent_alive: Callable[[], bool], after_death: float = AFTER_DEATH
 ) -> tuple[bool, Mapping[str, int]]:
-    """Publish a folder, one process at a time. Whether all was published, and how much of each kind was.
+    """Publish a folder, one process at a time, for `after_death` seconds at most after the death of the parent.
 
-    `after_death`: seconds in which to try when the parent is dead.
+    Returns whether all was published, and how much of each kind was.
     """
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
     from pipeline.tracking.publisher import Publisher, follow  # imports mlflow: 3 s, and reads the settings above
 
     with locked(folder.path / ".publisher.lock"):
-        publisher = Publisher(folder, uri, load_network)
+        publisher = Publisher(folder, uri)
         succeeded = follow(publisher, is_parent_alive, lambda: is_being_trained(folder), after_death=after_death)
         return succeeded, publisher.counts
-
-
-def load_network(run_folder: Path, record: dict[str, Any]) -> Any:
-    """The network of a `model` record on the CPU, in eval mode, taking float32 pixels in 0..255."""
-    import torch
-
-    from pipeline.models.catalog import build_model
-    from pipeline.models.normalize import Normalize
-
-    network = build_model(
-        record["name"], record["channels"], record["image_size"], record["num_classes"], record["arguments"]
-    )
-    network.load_state_dict(torch.load(run_folder / record["path"], map_location="cpu", weights_only=True))
-    return torch.nn.Sequential(Normalize(record["mean"], record["std"]), network).eval()
-
-
-def start_logging() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger("convoy")
-    logger.handlers = [handler]
-    logger.propagate = False  # mlflow gives the root logger a handler
-    logger.setLevel(logging.INFO)

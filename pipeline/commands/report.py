@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import uuid
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.report.comparison import read_runs
-from pipeline.report.links import Store, find_stores
+from pipeline.base.files import write_atomically
+from pipeline.report.comparison import find_stores, read_runs
 from pipeline.run.folder import RunError
 from pipeline.run.sweep import find_runs
 
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """2 if a folder is no run folder, 1 if the page cannot be written; then nothing is."""
+    """Return 0; 1 if the page cannot be written, and 2 if a folder is no run folder: then nothing is written."""
     try:
         folders = find_runs(arguments.run_dir)
         if not folders:
@@ -36,29 +35,15 @@ def run(arguments: argparse.Namespace) -> int:
     stores = find_stores(runs)
     page = render(runs, stores, at=datetime.now())
     try:
-        _write(arguments.out, page)
+        write_atomically(arguments.out, page)
     except OSError as error:
         print(f"{arguments.out} cannot be written: {error.strerror or error}; choose another --out", file=sys.stderr)
         return 1
     print(f"{arguments.out}: {len(runs)} run{'s' * (len(runs) > 1)}, {len(page.encode()) / 1e6:.1f} MB")
     for store in stores:
-        print("\n".join(_describe(store)))
+        print(f"in MLflow at {store.uri}:")
+        if store.server_command:
+            print(f"  first start: {store.server_command}")
+        for title, address in store.pages:
+            print(f"  {title}: {address}")
     return 0
-
-
-def _write(path: Path, page: str) -> None:
-    """Beside `path`, then replace: a reader finds the old page or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _describe(store: Store) -> list[str]:
-    lines = [f"in MLflow at {store.uri}:"]
-    if store.server_command:
-        lines.append(f"  first start: {store.server_command}")
-    return lines + [f"  {title}: {address}" for title, address in store.pages]

@@ -7,15 +7,20 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.config import CommandLine, Config, ConfigError, load_config
-from pipeline.run.folder import RunFolder
-from pipeline.run.locks import is_being_trained
+from pipeline.run.folder import RunFolder, is_being_trained
 from pipeline.run.resume import is_finished
-from pipeline.run.sweep import number, open_folder, queued, settle_settings
-from pipeline.run.sweep_file import Element, Sweep, SweepError, read_sweep
+from pipeline.run.sweep import (
+    Sweep,
+    SweepError,
+    first_settings,
+    number_runs,
+    open_sweep_folder,
+    queued_numbers,
+    read_sweep,
+)
 
 HELP = "show which runs of a sweep are finished, and train the others as a Slurm job array"
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,50 +37,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0; 2: the sweep is wrong; 1: sbatch refused."""
+    """Return 0; 1 if sbatch refused, 2 if the sweep is wrong."""
     try:
-        folder = _folder(read_sweep(arguments.file, arguments.settings))
-        arguments.settings = settle_settings(folder, arguments.settings)
         sweep = read_sweep(arguments.file, arguments.settings)
-        configs = {element.name: _check(sweep, element) for element in sweep.elements}
+        folder = Path(_check(sweep, next(iter(sweep.runs))).run.dir) / sweep.name
+        arguments.settings = first_settings(folder, arguments.settings)
+        sweep = read_sweep(arguments.file, arguments.settings)
+        configs = {name: _check(sweep, name) for name in sweep.runs}
         if arguments.element is not None:
-            return _print_element(sweep, folder, arguments.element, configs)
+            return _print_arguments(sweep, folder, arguments.element, configs)
         return _show_and_submit(arguments, sweep, folder, configs)
     except SweepError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def _folder(sweep: Sweep) -> Path:
-    return Path(_check(sweep, sweep.elements[0]).run.dir) / sweep.name
+def _check(sweep: Sweep, name: str) -> Config:
+    from pipeline.checks import find_problems  # imports torch
 
-
-def _check(sweep: Sweep, element: Element) -> Config:
     try:
-        return load_config(CommandLine(sweep.config, element.settings, dry_run=False))
+        return load_config(CommandLine(sweep.config, sweep.runs[name], dry_run=False), [find_problems])
     except ConfigError as error:
-        raise SweepError(f"{element.name}: {error}") from error
+        raise SweepError(f"{name}: {error}") from error
 
 
-def _print_element(sweep: Sweep, folder: Path, index: int, configs: Mapping[str, Config]) -> int:
-    numbered, settings = open_folder(folder, sweep), {element.name: element.settings for element in sweep.elements}
-    name = numbered[index] if 0 <= index < len(numbered) else None
-    if name is None or name not in settings:
-        known = ", ".join(str(number) for number, name in enumerate(numbered) if name in settings)
+def _print_arguments(sweep: Sweep, folder: Path, index: int, configs: dict[str, Config]) -> int:
+    numbered = dict(enumerate(open_sweep_folder(folder, sweep)))
+    name = numbered.get(index)
+    if name not in configs:
+        known = ", ".join(str(number) for number, name in numbered.items() if name in configs)
         gone = f" ({name}) is not in its file any more" if name else " is none of the sweep"
         raise SweepError(f"element {index}{gone}; accepted: {known}")
     uri = configs[name].tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
     # a file on a shared disk is no database for many writers: then slurm/sync.sbatch publishes all, alone
     journal_only = [] if uri.startswith(("http://", "https://")) else ["tracking.enabled=false"]
-    own = (f"run.dir={folder}", f"run.name={name}")
-    given = ("--config", str(sweep.config), *journal_only, *settings[name], *own)
+    given = ("--config", str(sweep.config), *journal_only, *sweep.runs[name], f"run.dir={folder}", f"run.name={name}")
     sys.stdout.write("".join(f"{argument}\0" for argument in given))
     return 0
 
 
-def _show_and_submit(arguments: argparse.Namespace, sweep: Sweep, folder: Path, configs: Mapping[str, Config]) -> int:
-    waiting, numbered, missing = queued(folder), number(folder, sweep), []
-    print(f"{sweep.name}: {len(sweep.elements)} runs in {folder}")
+def _show_and_submit(arguments: argparse.Namespace, sweep: Sweep, folder: Path, configs: dict[str, Config]) -> int:
+    waiting, numbered, missing = queued_numbers(folder), number_runs(folder, sweep), []
+    print(f"{sweep.name}: {len(configs)} runs in {folder}")
     for name, config in configs.items():
         index = numbered.index(name)
         state = _state(RunFolder(folder / name), config, is_queued=index in waiting)
@@ -87,14 +90,18 @@ def _show_and_submit(arguments: argparse.Namespace, sweep: Sweep, folder: Path, 
         print(f"nothing is missing{' that is not queued' if waiting else ''}; to compare: {report}")
         return 0
     train = _train_command(arguments, missing)
-    sync = ["sbatch", *shlex.split(arguments.sync_options)]
-    publish = [_shown(ROOT / "slurm" / "sync.sbatch"), str(folder)]
-    if arguments.submit:
-        open_folder(folder, sweep)
-        return _submit(sweep, folder, train, sync, publish)
-    print("to train what is missing, then to publish it, and to compare all (--submit does the first two):")
-    print(f"  {shlex.join(train)}\n  {shlex.join([*sync, '--dependency=afterany:JOB_ID', *publish])}\n  {report}")
-    return 0
+    sync = ["sbatch", *shlex.split(arguments.sync_options), "--dependency=afterany:JOB_ID"]
+    sync += [_script("sync.sbatch"), str(folder)]
+    if not arguments.submit:
+        print("to train what is missing, then to publish it, and to compare all (--submit does the first two):")
+        print(f"  {shlex.join(train)}\n  {shlex.join(sync)}\n  {report}")
+        return 0
+    open_sweep_folder(folder, sweep)
+    job = _sbatch(train)
+    if job is None:
+        return 1
+    open_sweep_folder(folder, sweep, job)
+    return 0 if _sbatch([word.replace("JOB_ID", job) for word in sync]) else 1
 
 
 def _state(folder: RunFolder, config: Config, *, is_queued: bool) -> str:
@@ -115,29 +122,21 @@ def _train_command(arguments: argparse.Namespace, missing: list[int]) -> list[st
         raise SweepError("--options has --array, which is what is missing; --at-once limits how many run at a time")
     at_once = f"%{arguments.at_once}" if arguments.at_once else ""
     array = f"--array={','.join(map(str, missing))}{at_once}"
-    script = _shown(ROOT / "slurm" / "sweep.sbatch")
-    return ["sbatch", *options, array, script, str(arguments.file), *arguments.settings]
+    return ["sbatch", *options, array, _script("sweep.sbatch"), str(arguments.file), *arguments.settings]
 
 
-def _shown(path: Path) -> str:
-    """As one would type it."""
+def _script(name: str) -> str:
+    """Return the path of a batch script as one would type it."""
+    path = ROOT / "slurm" / name
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def _submit(sweep: Sweep, folder: Path, train: list[str], sync: list[str], publish: list[str]) -> int:
-    job = _sbatch(train)
-    if job is None:
-        return 1
-    open_folder(folder, sweep, job)
-    return 0 if _sbatch([*sync, f"--dependency=afterany:{job}", *publish]) else 1
-
-
 def _sbatch(command: list[str]) -> str | None:
-    """The job's id; None if there is none, with the reason printed."""
+    """Submit a job; return its id, or None with the reason printed."""
     environment = {"CONVOY_ROOT": str(ROOT)} | os.environ
     try:
         done = subprocess.run(
-            [command[0], "--parsable", *command[1:]], stdout=subprocess.PIPE, text=True, env=environment
+            ["sbatch", "--parsable", *command[1:]], stdout=subprocess.PIPE, text=True, env=environment
         )
     except FileNotFoundError:
         print("there is no sbatch here: call this on the login node of a Slurm cluster", file=sys.stderr)

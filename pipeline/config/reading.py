@@ -1,25 +1,46 @@
-"""From defaults, a YAML file and ``key=value`` to a checked config, or to one error that lists all that is wrong.
+"""From defaults, a YAML file and `key=value` to a checked config, or to one error that lists all that is wrong.
 
-YAML scalars are kept as text and read by the declared type of their key, so that ``run.name=2026-11-21`` stays a name
-and ``1e-3`` is a number wherever it is written.
+All values are read as text, and the schema reads that by the type of the key: `run.name=2026-11-21` stays a name.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
-from pipeline.config.schema import FIELDS, SECTIONS, Config, Problem, find_contradictions
+from pipeline.config.arguments import NULLS, Problem, describe_accepted, read_text, show
+from pipeline.config.schema import FIELDS, FORMAT, OPEN_KEYS, SECTIONS, Config, field_of
+
+PACKAGE = Path(__file__).resolve().parents[1]
+RECIPES = next(path for path in (PACKAGE / "recipes", PACKAGE.parent / "configs") if path.is_dir())
+"""The recipes: configs/ in a checkout, its copy in an installed package."""
+OTHER_NAMES = {
+    "learning_rate": "optim.lr",
+    "optimizer": "optim.name",
+    "scheduler": "optim.schedule",
+    "batch_size": "data.global_batch_size",
+    "num_workers": "data.workers",
+}
+"""What other programs call it, where the spelling alone would not tell."""
+OLD_KEYS = {
+    "data.synthetic_train_size": "data.arguments.train_size",
+    "data.synthetic_eval_size": "data.arguments.validation_size",
+    "data.synthetic_channels": "data.arguments.channels",
+    "data.synthetic_classes": "data.arguments.classes",
+    "data.random_crop": "data.augment.crop",
+    "data.random_flip": "data.augment.flip",
+    "model.dropout": "model.arguments.dropout",
+    "model.dropout2d": "model.arguments.dropout2d",
+    "train.virtual_shards": "train.virtual_ranks",
+}
+"""What format 1 called it."""
 
 
 class ConfigError(ValueError):
@@ -44,51 +65,48 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError([Problem((), f"{message}; accepted: [--config PATH] [--dry-run] [key=value ...]")])
 
 
-def parse_command_line(argv: Sequence[str], default_config: Path) -> CommandLine:
-    """Split main.py's arguments; raises ConfigError for options that do not exist."""
+def find_config(name: str) -> Path:
+    """Return the path of a YAML file; a name that is no file may be that of a recipe, such as `mnist`."""
+    recipe = RECIPES / f"{name}.yaml"
+    return recipe if recipe.is_file() and not Path(name).is_file() else Path(name)
+
+
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Return main.py's arguments, split; raises ConfigError for options that do not exist."""
     parser = _Parser(
         prog="train/main.py",
         description="Train an image classifier on one process, or on as many as torchrun starts.",
         epilog="configs/default.yaml lists every key with a comment.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, default=default_config, metavar="PATH", help="YAML file")
+    parser.add_argument("--config", type=find_config, default="default", metavar="PATH", help="YAML file, or a recipe")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file")
     arguments = parser.parse_intermixed_args(argv)
     return CommandLine(arguments.config, tuple(arguments.overrides), arguments.dry_run)
 
 
-OTHER_NAMES = {
-    "learning_rate": "optim.lr",
-    "optimizer": "optim.name",
-    "scheduler": "optim.schedule",
-    "batch_size": "data.global_batch_size",
-    "num_workers": "data.workers",
-}
-"""What other programs call it, where the spelling alone would not tell."""
+def load_config(command: CommandLine, checks: Iterable[Callable[[Config], Iterable[Problem]]] = ()) -> Config:
+    """Return the config, read, merged and checked. Raises ConfigError with all problems at once.
 
-Check = Callable[[Config], Iterable[Problem]]
-
-
-def load_config(command: CommandLine, checks: Sequence[Check] = ()) -> Config:
-    """Read, merge and check a config. Raises ConfigError with all problems at once.
-
-    `checks` find what contradicts what. They see a config in which a wrong value was replaced by its default, and
+    `checks` find what no single key shows. They see a config in which a wrong value was replaced by its default, and
     what they say about such a key is left out, so that one mistake is reported once.
     """
     problems: list[Problem] = []
-    texts = _read_yaml(command.config_path, problems) | _read_overrides(command.overrides, problems)
-    values = {key: _interpret(text, FIELDS[key]) for key, text in texts.items()}
-    try:
-        config = Config.model_validate(_nest(values))
-    except ValidationError as error:
-        wrong = {_field_of(details["loc"]) for details in error.errors()}
-        problems += [_describe_wrong_value(key, texts[key]) for key in texts if key in wrong]
-        config = Config.model_validate(_nest({k: v for k, v in values.items() if k not in wrong}))
+    texts = _read_yaml(command.config_path, problems)
+    for override in command.overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            problems.append(Problem((key,), f"{override}: is not key=value; {_suggest_form(override)}"))
+        elif key in OPEN_KEYS:  # all arguments at once: `model.arguments={}` takes back those of the file
+            texts = {known: value for known, value in texts.items() if not known.startswith(f"{key}.")}
+            texts |= _flatten({key: read_text(text, FIELDS[key].annotation)})
+        else:
+            texts[key] = text
+    config = _validate(texts, problems)
     known_wrong = {key for problem in problems for key in problem.keys}
-    for check in (find_contradictions, *checks):
-        problems += [p for p in check(config) if not known_wrong.intersection(p.keys)]
+    for check in checks:
+        problems += [problem for problem in check(config) if not known_wrong.intersection(problem.keys)]
     if problems:
         raise ConfigError(problems)
     return config
@@ -98,158 +116,90 @@ class _TextLoader(yaml.BaseLoader):
     """Scalars stay text; a key that stands twice is an error instead of a silent last-one-wins."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} stands twice (line {node.start_mark.line + 1} and after)")
+        if twice := _find_twice([key.value for key, _ in node.value]):
+            raise yaml.YAMLError(f"key {twice[0]!r} stands twice (line {node.start_mark.line + 1} and after)")
         return super().construct_mapping(node, deep)
 
 
+def _find_twice(keys: list[str]) -> list[str]:
+    return [key for position, key in enumerate(keys) if key in keys[:position]]
+
+
 def _read_yaml(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    """Return the dotted keys of a file with their values in texts."""
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_TextLoader)
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_TextLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error) if isinstance(error, yaml.YAMLError) else f"cannot be read ({error})"
+        known = f"; recipes: {', '.join(sorted(recipe.stem for recipe in RECIPES.glob('*.yaml')))}"
+        reason = str(error) if isinstance(error, yaml.YAMLError) else f"cannot be read ({error}){known}"
         problems.append(Problem((), f"--config {path}: {reason}"))
-        return {}
-    if loaded in (None, ""):
         return {}
     if not isinstance(loaded, dict):
         problems.append(Problem((), f"--config {path}: holds no sections; accepted: {', '.join(SECTIONS)}, loss"))
         return {}
-    texts: dict[str, Any] = {}
-    for name, value in loaded.items():
-        if name in SECTIONS and isinstance(value, dict):
-            texts |= {f"{name}.{key}": text for key, text in value.items()}
-        elif name in SECTIONS and value in (None, "", "null", "~"):
-            continue
-        elif name in SECTIONS:
-            problems.append(Problem((name,), f"{name} = {value}: is a section; accepted: {_keys_of(name)}"))
-        else:
-            texts[str(name)] = value
-    twice = [name for name in loaded if name in FIELDS and "." in name and _is_in_section(name, loaded)]
-    problems += [Problem((name,), f"{name}: stands twice, in its section and by itself") for name in twice]
-    return _only_known(texts, problems)
+    if (version := loaded.pop("format", str(FORMAT))) != str(FORMAT):
+        reason = f"accepted: {FORMAT}, whose keys are those of configs/default.yaml"
+        problems.append(Problem((), f"--config {path}: format = {show(version)}: {reason}"))
+    entries = list(_flatten(loaded))
+    twice = _find_twice([key for key, _ in entries])
+    problems += [Problem((key,), f"{key}: stands twice, in its section and by itself") for key in twice]
+    return dict(entries)
 
 
-def _is_in_section(key: str, loaded: Mapping[str, Any]) -> bool:
-    section, _, name = key.partition(".")
-    content = loaded.get(section)
-    return isinstance(content, dict) and name in content
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys in sections and open keys, and the keys outside of them, with their values."""
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if key in (*SECTIONS, *OPEN_KEYS) and isinstance(value, dict):
+            yield from _flatten(value, f"{key}.")
+        elif key not in SECTIONS or value not in NULLS:
+            yield key, value
 
 
-def _read_overrides(overrides: Sequence[str], problems: list[Problem]) -> dict[str, Any]:
-    texts: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            problems.append(Problem((key,), f"{override}: is not key=value{_suggest_form(override)}"))
-        elif key in SECTIONS:
-            problems.append(Problem((key,), f"{override}: {key} is a section; accepted: {_keys_of(key)}"))
-        else:
-            texts[key] = text
-    return _only_known(texts, problems)
+def _validate(texts: dict[str, Any], problems: list[Problem]) -> Config:
+    """Return the config without unknown keys and with the default for each wrong value, which become problems."""
+    for key in sorted(key for key in texts if field_of(key) is None):
+        meant = ".".join(OLD_KEYS.get(key, key).split(".")[:2])
+        problems.append(Problem((key, meant), f"{key} = {show(texts.pop(key))}: {describe_unknown(key)}"))
+    try:
+        return Config.model_validate(_nest(texts))
+    except ValidationError as error:
+        places = [".".join(str(part) for part in details["loc"][:2]) for details in error.errors()]
+    # pydantic also names places in lists and members of unions
+    for key in dict.fromkeys(place if place in FIELDS else place.partition(".")[0] for place in places):
+        accepted = describe_accepted(FIELDS[key].rebuild_annotation())
+        problems.append(Problem((key,), f"{key} = {show(texts.pop(key))}: accepted: {accepted}"))
+    return Config.model_validate(_nest(texts))
 
 
-def _only_known(texts: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    for key in texts.keys() - FIELDS.keys():
-        problems.append(Problem((key,), f"{key} = {texts[key]}: unknown key{_nearest(key)}"))
-    problems.sort(key=lambda problem: problem.keys)
-    return {key: text for key, text in texts.items() if key in FIELDS}
+def _nest(texts: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, text in texts.items():
+        owner, (*parents, name) = nested, key.split(".", 2)
+        for parent in parents:
+            owner = owner.setdefault(parent, {})
+        if isinstance(owner, dict):  # else it belongs to an open key that is wrong itself
+            owner[name] = text
+    return nested
 
 
 def _suggest_form(argument: str) -> str:
     if argument.endswith((".yaml", ".yml")):
-        return f"; did you mean --config {argument}?"
-    return f"; did you mean {argument}=<value>?" if argument in FIELDS else _nearest(argument)
+        return f"did you mean --config {argument}?"
+    return f"did you mean {argument}=<value>?" if argument in FIELDS else _nearest(argument)
 
 
-def _keys_of(section: str) -> str:
-    return ", ".join(key for key in FIELDS if key.startswith(f"{section}."))
+def describe_unknown(key: str) -> str:
+    """Return what to write instead of a key that does not exist."""
+    if key in SECTIONS:
+        return f"is a section; accepted: {', '.join(known for known in FIELDS if known.startswith(f'{key}.'))}"
+    return f"is now {OLD_KEYS[key]}" if key in OLD_KEYS else f"unknown key; {_nearest(key)}"
 
 
 def _nearest(key: str) -> str:
-    """`; did you mean ...?` by the whole dotted key, else by its last part (`epochs` -> `train.epochs`)."""
-    last_parts = {known.rpartition(".")[2]: known for known in reversed(list(FIELDS))}
-    section, _, last = key.rpartition(".")
-    if last in OTHER_NAMES:
-        return f"; did you mean {OTHER_NAMES[last]}?"
-    by_last = difflib.get_close_matches(last, last_parts, n=1, cutoff=0.7)
-    in_section = [known for known in FIELDS if known.startswith(f"{section}.")]
-    near = difflib.get_close_matches(key, in_section, n=1, cutoff=0.7) or [last_parts[m] for m in by_last]
-    near = near or difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.0)
-    return f"; did you mean {near[0]}?"
-
-
-def _options(field: FieldInfo) -> tuple[Any, ...]:
-    """The members of a union type, or the type alone."""
-    annotation = field.annotation
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
-def _interpret(text: Any, field: FieldInfo) -> Any:
-    """Text as YAML or the command line gave it -> what pydantic reads by the key's declared type."""
-    options = _options(field)
-    if NoneType in options and text in (None, "", "null", "~"):
-        return None
-    if any(get_origin(option) is tuple for option in options) and isinstance(text, str):
-        return _read_list(text)
-    return text
-
-
-def _read_list(text: str) -> list[Any]:
-    """`[0.5, 0.4]` as YAML has it; anything else is a list of one, which the type then accepts or refuses."""
-    try:
-        listed = yaml.load(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError:
-        return [text]
-    return listed if isinstance(listed, list) else [text]
-
-
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        section, dot, name = key.partition(".")
-        if dot:
-            nested.setdefault(section, {})[name] = value
-        else:
-            nested[key] = value
-    return nested
-
-
-def _field_of(location: tuple[int | str, ...]) -> str:
-    """pydantic's location also names list positions and union members; the key is its longest known start."""
-    dotted = ".".join(str(part) for part in location[:2])
-    return dotted if dotted in FIELDS else str(location[0])
-
-
-def _describe_wrong_value(key: str, text: Any) -> Problem:
-    shown = text if isinstance(text, str) else json.dumps(text)
-    return Problem((key,), f"{key} = {shown}: accepted: {describe_accepted(FIELDS[key])}")
-
-
-def describe_accepted(field: FieldInfo) -> str:
-    """What a key takes, in words: choices, or type and bounds."""
-    words = [_describe_type(option) for option in _options(field) if option is not NoneType]
-    bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    limits = [
-        f"{sign} {getattr(constraint, name):g}"
-        for constraint in field.metadata
-        for name, sign in bounds.items()
-        if hasattr(constraint, name)
-    ]
-    words += [" and ".join(limits)] if limits else []
-    longest = [constraint.max_length for constraint in field.metadata if hasattr(constraint, "max_length")]
-    words += [f"of 1 to {longest[0]} characters"] if longest else []
-    if any(getattr(constraint, "pattern", None) for constraint in field.metadata):
-        words.append("of letters, digits, '.', '_' and '-', at most 128, not beginning with '.' or '-'")
-    null = ", or null" if NoneType in _options(field) else ""
-    return " ".join(words) + null
-
-
-def _describe_type(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return " | ".join(str(choice) for choice in get_args(annotation))
-    if get_origin(annotation) is tuple:
-        return "a list of numbers such as [0.5] or [0.5,0.5,0.5]"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
+    """Return `did you mean ...?` by the whole dotted key, else by its last part (`epochs` -> `train.epochs`)."""
+    last = key.rpartition(".")[2]
+    by_last = {known.rpartition(".")[2]: known for known in reversed(list(FIELDS))} | OTHER_NAMES
+    near = [OTHER_NAMES[last]] if last in OTHER_NAMES else difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.8)
+    near = near or [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
+    return f"did you mean {(near or difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.0))[0]}?"

@@ -1,301 +1,199 @@
-"""Every setting of a run: its type, unit, default and check."""
+"""Every setting: its type, bounds, default and help, and whether a resumed run may change it (by default not)."""
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from pipeline.base.credentials import without_credentials
+from pipeline.config.arguments import NAME_PATTERN, read_plain, read_text
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+FORMAT = 2
+"""Version of the keys and their meaning: the `format` of a run folder's config.yaml."""
+Arguments = dict[str, Any]
+"""Type of an open key: arguments of what another key names, whose signature says which there are and reads the text."""
+
+
+def fixed(default: Any, description: str, **rules: Any) -> Any:
+    """Return a field that a resumed run may not change, like any field without a mark."""
+    return Field(default, description=description, **rules)
+
+
+def free(default: Any, description: str, **rules: Any) -> Any:
+    """Return a field that a resumed run may change.
+
+    Free is what people change between two attempts at the same training: where it runs, how it is recorded, how long it
+    goes on and how fast it learns.
+    """
+    return fixed(default, description, json_schema_extra={"resume": "may change"}, **rules)
+
+
+def last_bits(default: Any, description: str, **rules: Any) -> Any:
+    """Return a field that a resumed run may change unless train.reproducible promises the last bits."""
+    return fixed(default, description, json_schema_extra={"resume": "unless reproducible"}, **rules)
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:
+        """Return what a text stands for where the type of its field is known."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        value = read_text(value, annotation)
+        return read_plain(value) if annotation == Arguments else value
+
 
 class RunConfig(Section):
-    name: str | None = Field(
-        None,
-        pattern=f"^{NAME_PATTERN.pattern}$",
-        description="folder of the run; null: Slurm's job id, else config name and time (always a new run)",
+    name: str | None = free(None, "run folder; null: Slurm's job id, else config name and time", pattern=NAME_PATTERN)
+    dir: str = free("runs", "folder in which run folders are made", min_length=1)
+    seed: int = fixed(0, "fixes initial weights, order of samples and dropout", ge=0, lt=2**63)
+    resume: Literal["auto", "never", "must"] = free(
+        "auto", "auto: continue a named run; never: refuse an existing folder; must: fail without a checkpoint"
     )
-    dir: str = Field("runs", min_length=1, description="folder in which run folders are made")
-    seed: int = Field(0, ge=0, lt=2**63, description="fixes initial weights, order of samples and dropout")
-    resume: Literal["auto", "never", "must"] = Field(
-        "auto",
-        description="auto: continue the named run's last checkpoint if there is one; never: refuse an existing "
-        "folder; must: fail without a checkpoint",
-    )
-    max_attempts: int = Field(
-        10, ge=1, description="attempts in a row that may fail or be killed without a new checkpoint"
-    )
+    max_attempts: int = free(10, "attempts in a row that may fail or be killed without a new checkpoint", ge=1)
 
 
 class DataConfig(Section):
-    dataset: Literal["digits", "mnist", "fashion_mnist", "kmnist", "cifar10", "synthetic"] = Field(
-        "digits", description="digits needs no download; synthetic is for benchmarks and tests"
+    dataset: str = fixed("digits", "one of Convoy's, or package.module:function; digits needs no download")
+    arguments: Arguments = fixed({}, "arguments of the dataset's source")
+    root: str = free("data", "folder that holds the datasets, in torchvision's layout", min_length=1)
+    download: bool = free(True, "fetch the dataset if it is not in data.root")
+    image_size: int | None = fixed(None, "side in pixels to resize to; null: the dataset's own", ge=4, le=1024)
+    mean: tuple[float, ...] | None = fixed(None, "of pixels in [0, 1], by channel; null: the dataset's", min_length=1)
+    std: tuple[float, ...] | None = fixed(None, "of pixels in [0, 1], by channel; null: the dataset's", min_length=1)
+    # a curve over two augmentations is of neither
+    augment: Arguments = fixed({}, "of training images: crop (pixels of padding around them), flip (mirror half)")
+    global_batch_size: int = fixed(32, "samples per optimizer step, over all ranks and accumulation steps", ge=1)
+    eval_batch_size: int = free(500, "samples per rank in one evaluation pass; does not change the result", ge=1)
+    placement: Literal["auto", "device", "workers"] = free(
+        "auto", "device: held there; workers: streamed by DataLoader"
     )
-    root: str = Field("data", min_length=1, description="folder that holds the datasets, in torchvision's layout")
-    download: bool = Field(True, description="fetch the dataset if it is not in data.root")
-    image_size: int | None = Field(
-        None, ge=4, le=1024, description="side in pixels to which images are resized; null: the dataset's own"
-    )
-    mean: tuple[float, ...] | None = Field(
-        None, min_length=1, description="per channel, of pixels in [0, 1], subtracted; null: the dataset's own"
-    )
-    std: tuple[float, ...] | None = Field(
-        None, min_length=1, description="per channel, of pixels in [0, 1], divided by; null: the dataset's own"
-    )
-    random_crop: int = Field(
-        0, ge=0, le=64, description="pixels of padding around a training image, of which its own size is cropped"
-    )
-    random_flip: bool = Field(False, description="mirror every other training image left to right, at random")
-    global_batch_size: int = Field(
-        32, ge=1, description="samples per optimizer step, over all ranks and accumulation steps"
-    )
-    eval_batch_size: int = Field(
-        500, ge=1, description="samples per rank in one evaluation forward pass; does not change the result"
-    )
-    placement: Literal["auto", "device", "workers"] = Field(
-        "auto", description="device: uint8 images held on the rank's device; workers: streamed by DataLoader"
-    )
-    workers: int = Field(2, ge=0, le=256, description="DataLoader processes per rank, with placement=workers")
-    synthetic_train_size: int = Field(4096, ge=1, description="training images of the synthetic dataset")
-    synthetic_eval_size: int = Field(1024, ge=1, description="evaluation images of the synthetic dataset")
-    synthetic_channels: int = Field(1, ge=1, le=64, description="channels of the synthetic images")
-    synthetic_classes: int = Field(10, ge=2, le=10000, description="classes of the synthetic dataset")
+    workers: int = free(2, "DataLoader processes per rank, with placement=workers", ge=0, le=256)
 
 
 class ModelConfig(Section):
-    name: Literal["convnet", "lenet_3x3", "lenet_5x5", "net_conv10_20"] = Field(
-        "convnet", description="the network; input channels, size and classes follow from the dataset"
-    )
-    dropout: float | None = Field(
-        None, ge=0, lt=1, description="probability of dropping a hidden unit; null: the network's own"
-    )
-    dropout2d: float | None = Field(
-        None, ge=0, lt=1, description="probability of dropping a feature map; null: the network's own"
-    )
+    name: str = fixed("convnet", "one of Convoy's, or package.module:function; sizes and classes follow from the data")
+    arguments: Arguments = fixed({}, "arguments of the model's builder")
 
 
 class OptimConfig(Section):
-    name: Literal["sgd", "adam", "adamw", "rmsprop", "adadelta"] = Field("adadelta", description="the optimizer")
-    lr: float = Field(1.0, gt=0, description="highest learning rate; the schedule scales it")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd and rmsprop")
-    nesterov: bool = Field(False, description="Nesterov's form of momentum, with sgd")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled with adamw, else added to the gradient")
-    schedule: Literal["constant", "step", "cosine", "one_cycle"] = Field(
-        "cosine", description="learning rate over the optimizer steps"
-    )
-    warmup: int = Field(
-        0, ge=0, description="optimizer steps of linear rise (of one_cycle: along a cosine, and 0 means 30% of all)"
-    )
-    step_epochs: int = Field(1, ge=1, description="epochs between two falls of schedule=step")
-    step_gamma: float = Field(0.7, gt=0, le=1, description="factor of each fall of schedule=step")
+    name: Literal["sgd", "adam", "adamw", "rmsprop", "adadelta"] = fixed("adadelta", "the optimizer")
+    lr: float = free(1.0, "highest learning rate; the schedule scales it", gt=0)
+    # momentum decides, as the name does, what an optimizer keeps for each weight, and so what a checkpoint has of it
+    momentum: float = fixed(0.0, "of sgd and rmsprop", ge=0, lt=1)
+    nesterov: bool = fixed(False, "Nesterov's form of momentum, with sgd")
+    weight_decay: float = free(0.0, "decoupled with adamw, else added to the gradient", ge=0)
+    schedule: Literal["constant", "step", "cosine", "one_cycle"] = free("cosine", "learning rate over the steps")
+    warmup: int = free(0, "optimizer steps of linear rise (of one_cycle: along a cosine, and 0 means 30% of all)", ge=0)
+    step_epochs: int = free(1, "epochs between two falls of schedule=step", ge=1)
+    step_gamma: float = free(0.7, "factor of each fall of schedule=step", gt=0, le=1)
 
 
 class TrainConfig(Section):
-    epochs: int = Field(20, ge=1, description="passes over the training data")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU per rank where torch sees one")
-    backend: Literal["auto", "gloo", "nccl"] = Field("auto", description="auto: nccl on GPUs, gloo on CPUs")
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = Field(
-        "auto", description="auto: bf16 on GPUs that have it, else fp32; fp16 scales the loss; fp64 for checks"
+    epochs: int = free(20, "passes over the training data", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = last_bits("auto", "auto: a GPU per rank where torch sees one")
+    backend: Literal["auto", "gloo", "nccl"] = free("auto", "auto: nccl on GPUs, gloo on CPUs")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = last_bits(
+        "auto", "auto: bf16 where a GPU has it, else fp32; fp16 scales the loss; fp64 for checks"
     )
-    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step; the global batch stays as set")
-    clip_norm: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
-    channels_last: bool = Field(True, description="memory format of images and weights")
-    compile: bool = Field(False, description="compile the network with torch.compile; takes a minute at the start")
-    cuda_graph: Literal["auto", "never"] = Field(
-        "auto", description="auto: replay the whole step as one on GPUs where its shapes are fixed; never: eager"
-    )
-    compress: Literal["auto", "bf16", "never"] = Field(
-        "auto", description="gradients sent as bf16 between GPUs; auto: with precision bf16 over nccl"
-    )
-    threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads per rank; null: cores of the node / ranks of the node"
-    )
-    reproducible: bool = Field(
-        False, description="the same bits in the weights on any number of ranks, for more time per step"
-    )
-    virtual_shards: int = Field(
-        8, ge=1, le=1024, description="parts of a global batch with reproducible; the most ranks there can be"
-    )
-    deterministic: bool = Field(
-        False, description="the same bits in each repetition on GPUs too, where torch has deterministic kernels"
-    )
-    max_nonfinite: int = Field(
-        20, ge=1, description="steps in a row with gradients that are not finite, all skipped, before giving up"
-    )
-    hang_timeout: float = Field(300.0, ge=1, description="seconds without a sign of life after which a rank is ended")
-    log_every: int = Field(10, ge=1, description="optimizer steps between two records of train/*, perf/* and time/*")
-    profile: int = Field(0, ge=0, le=1000, description="steps of rank 0 to trace with torch's profiler; 0: none")
+    # the same global batches in other parts, for a GPU with less memory
+    accumulate: int = free(1, "micro-batches per optimizer step; the global batch stays as set", ge=1)
+    clip_norm: float | None = free(None, "largest gradient norm; null: no clipping", gt=0)
+    channels_last: bool = last_bits(True, "memory format of images and weights")
+    compile: bool = free(False, "compile the model with torch.compile; takes a minute at the start")
+    cuda_graph: Literal["auto", "never"] = free("auto", "auto: replay the step as one on GPUs if shapes are fixed")
+    compress: Literal["auto", "bf16", "never"] = free("auto", "gradients as bf16; auto: with precision bf16 over nccl")
+    threads: int | None = last_bits(None, "CPU threads per rank; null: cores / ranks of the node", ge=1, le=1024)
+    reproducible: bool = fixed(False, "the same bits in the weights on any number of ranks, for more time per step")
+    virtual_ranks: int = last_bits(8, "parts of a global batch with reproducible; the most ranks", ge=1, le=1024)
+    deterministic: bool = free(False, "the same bits in each repetition on GPUs too, where torch has such kernels")
+    max_nonfinite: int = free(20, "steps in a row whose gradients are not finite, all skipped, before giving up", ge=1)
+    hang_timeout: float = free(300.0, "seconds without a sign of life after which a rank is ended", ge=1)
+    log_every: int = free(10, "optimizer steps between two records of train/*, perf/* and time/*", ge=1)
+    profile: int = free(0, "steps of rank 0 to trace with torch's profiler; 0: none", ge=0, le=1000)
 
 
 class CheckpointConfig(Section):
-    every_steps: int | None = Field(
-        None, ge=1, description="optimizer steps between checkpoints; null: at the end of each epoch only"
-    )
-    every_minutes: float | None = Field(
-        None, gt=0, description="minutes between checkpoints besides; null: by steps only"
-    )
-    keep: int = Field(2, ge=1, description="most recent checkpoints kept")
-    keep_best: int = Field(1, ge=0, description="best checkpoints kept besides")
-    metric: Literal["eval/accuracy", "eval/loss"] = Field(
-        "eval/accuracy", description="what makes a checkpoint, and model/best.pt, the best"
-    )
+    every_steps: int | None = free(None, "optimizer steps between checkpoints; null: at the end of epochs only", ge=1)
+    every_minutes: float | None = free(None, "minutes between checkpoints besides; null: by steps only", gt=0)
+    keep: int = free(2, "most recent checkpoints kept", ge=1)
+    keep_best: int = free(1, "best checkpoints kept besides", ge=0)
+    # the best so far is known by one of them alone
+    metric: Literal["eval/accuracy", "eval/loss"] = fixed("eval/accuracy", "by which a checkpoint, and model/, is best")
 
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message='Field name "register"')  # the metaclass's method is not hidden by it
 
     class TrackingConfig(Section):
-        enabled: bool = Field(True, description="false: only the journal is written; `sync` can publish it later")
-        uri: str | None = Field(
-            None, min_length=1, description="MLflow server or store; null: MLFLOW_TRACKING_URI, else ./mlflow.db"
+        enabled: bool = free(True, "false: only the journal is written; `sync` can publish it later")
+        uri: str | None = free(
+            None, "MLflow server or store; null: MLFLOW_TRACKING_URI, else ./mlflow.db", min_length=1
         )
-        experiment: str = Field("convoy", min_length=1, max_length=250, description="MLflow experiment of the run")
-        register: str | None = Field(
+        experiment: str = free("convoy", "MLflow experiment of the run", min_length=1, max_length=250)
+        register: str | None = free(
             None,
+            "registered model that gets a version of this run; champion if it beats that; null: none",
             min_length=1,
             max_length=250,
             pattern=r"^[^/:'\\]+$",
-            description="registered model that gets a version of this run; champion if it beats that; null: none",
         )
-        system_every: float = Field(
-            10.0,
-            ge=0,
-            description="seconds between samples of CPU, memory, disk, network and GPUs of each node; 0: none",
-        )
-        close_timeout: float = Field(
-            120.0, ge=0, description="seconds the command waits at its end for the rest to be published"
-        )
+        system_every: float = free(10.0, "seconds between samples of CPU, memory, network and GPUs; 0: none", ge=0)
+        close_timeout: float = free(120.0, "seconds the command waits at its end for the rest to be published", ge=0)
 
 
 class Config(Section):
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    loss: Literal["nll", "cross_entropy", "mse"] = Field(
-        "nll", description="nll takes log-probabilities; cross_entropy and mse (against one-hot) take scores"
-    )
+    loss: Literal["nll", "cross_entropy", "mse"] = fixed("nll", "nll takes log-probabilities, the others logits")
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     def flat(self) -> dict[str, Any]:
-        """Dotted key -> value, in the order of declaration."""
-        return {key: self.get(key) for key in FIELDS}
+        """Return dotted key -> value in the order of declaration; each argument under an open key has its own key."""
+        flat: dict[str, Any] = {}
+        for key in FIELDS:
+            value = self.get(key)
+            flat |= {f"{key}.{name}": part for name, part in value.items()} if key in OPEN_KEYS else {key: value}
+        return flat
 
     def get(self, key: str) -> Any:
+        """Return the value of a dotted key; raises KeyError for an argument that is not set."""
         value: Any = self
-        for part in key.split("."):
-            value = getattr(value, part)
+        for part in key.split(".", 2):  # an argument may have a dot in its name
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
         return value
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump({"format": FORMAT} | self.model_dump(mode="json"), sort_keys=False)
 
 
-def _collect_fields(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    fields: dict[str, FieldInfo] = {}
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            fields |= _collect_fields(field.annotation, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = field
-    return fields
-
-
-FIELDS: Mapping[str, FieldInfo] = _collect_fields(Config)
+FIELDS: dict[str, FieldInfo] = {}
+for _name, _field in Config.model_fields.items():
+    if isinstance(_field.annotation, type) and issubclass(_field.annotation, Section):
+        FIELDS |= {f"{_name}.{part}": field for part, field in _field.annotation.model_fields.items()}
+    else:
+        FIELDS[_name] = _field
 SECTIONS = tuple(dict.fromkeys(key.partition(".")[0] for key in FIELDS if "." in key))
+OPEN_KEYS = tuple(key for key, field in FIELDS.items() if field.annotation == Arguments)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong with a config; `keys` are all the settings that take part in it."""
-
-    keys: tuple[str, ...]
-    message: str
+def field_of(key: str) -> FieldInfo | None:
+    """Return the field that declares a dotted key, or an argument under an open key; None for an unknown key."""
+    open_key = next((known for known in OPEN_KEYS if key.startswith(f"{known}.")), key)
+    return FIELDS.get(open_key)
 
 
-def find_contradictions(config: Config) -> Iterable[Problem]:
-    """What no single key shows; what needs knowledge of datasets or networks is checked where that is known."""
-    optim, data, train = config.optim, config.data, config.train
-    if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0):
-        yield Problem(
-            ("optim.nesterov", "optim.name", "optim.momentum"),
-            f"optim.nesterov = true: needs optim.name=sgd and optim.momentum > 0, not optim.name={optim.name} with "
-            f"optim.momentum={optim.momentum:g}",
-        )
-    if optim.momentum > 0 and optim.name not in ("sgd", "rmsprop"):
-        yield Problem(
-            ("optim.momentum", "optim.name"),
-            f"optim.momentum = {optim.momentum:g}: {optim.name} has none; accepted with sgd and rmsprop, else 0",
-        )
-    if train.accumulate > data.global_batch_size:
-        yield Problem(
-            ("train.accumulate", "data.global_batch_size"),
-            f"train.accumulate = {train.accumulate}: more micro-batches than the {data.global_batch_size} samples of "
-            "data.global_batch_size",
-        )
-    if train.reproducible and (train.compile or train.precision == "fp16"):
-        key, way = ("train.compile", "false") if train.compile else ("train.precision", "bf16, fp32 or fp64")
-        yield Problem(
-            (key, "train.reproducible"),
-            f"{key} = {str(config.get(key)).lower()}: what it does depends on which shards a rank has; accepted with "
-            f"train.reproducible: {way}",
-        )
-    if train.reproducible and train.accumulate > 1:
-        yield Problem(
-            ("train.accumulate", "train.reproducible"),
-            f"train.accumulate = {train.accumulate}: a reproducible step computes its shards one after the other as it "
-            "is; accepted: 1, and a larger train.virtual_shards for less memory",
-        )
-    if (data.mean is None) != (data.std is None):
-        yield Problem(("data.mean", "data.std"), "data.mean and data.std: set both, or neither (the dataset's own)")
-    if data.std is not None and min(data.std, default=1.0) <= 0:
-        yield Problem(("data.std",), f"data.std = {list(data.std)}: accepted: numbers > 0")
-    if train.backend == "nccl" and train.device == "cpu":
-        yield Problem(("train.backend", "train.device"), "train.backend = nccl: works on GPUs only; use gloo")
-    if train.compress == "bf16" and (train.backend == "gloo" or train.device == "cpu"):
-        yield Problem(
-            ("train.compress", "train.backend", "train.device"),
-            "train.compress = bf16: works on GPUs over nccl only; use auto or never",
-        )
-    if train.precision == "fp16" and train.device == "cpu":
-        yield Problem(("train.precision", "train.device"), "train.precision = fp16: needs a GPU; use bf16 or fp32")
-    if 0 < config.tracking.system_every < 0.1:
-        yield Problem(
-            ("tracking.system_every",),
-            f"tracking.system_every = {config.tracking.system_every:g}: accepted: 0 for none, or at least 0.1 seconds",
-        )
-    yield from _check_uri(config.tracking.uri)
-
-
-def _check_uri(uri: str | None) -> Iterable[Problem]:
-    schemes = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-    if uri is None:
-        return
-    try:
-        parts = urlsplit(uri)
-    except ValueError as error:
-        yield Problem(("tracking.uri",), f"tracking.uri = {uri}: is no URI ({error})")
-        return
-    if without_credentials(uri) != uri:
-        yield Problem(
-            ("tracking.uri",),
-            "tracking.uri: holds a user name, password or other secret, which would be written into the run folder; "
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or all of MLFLOW_TRACKING_URI) instead",
-        )
-    elif parts.scheme.partition("+")[0] not in schemes and uri != "databricks":
-        yield Problem(("tracking.uri",), f"tracking.uri = {uri}: accepted: a URI that starts with {', '.join(schemes)}")
+def may_change(key: str, *, reproducible: bool) -> bool:
+    """Return whether a resumed run may have another value of a key; `reproducible` as train.reproducible is set."""
+    field = field_of(key)
+    mark = field.json_schema_extra.get("resume") if field and isinstance(field.json_schema_extra, dict) else None
+    return mark == "may change" or (mark == "unless reproducible" and not reproducible)

@@ -1,4 +1,4 @@
-"""From indices to normalised batches on the device: resident (held as uint8 there) or streamed by workers."""
+"""From what a loader yields to what a step computes on: pixels gathered, augmented and normalised on the device."""
 
 from __future__ import annotations
 
@@ -6,33 +6,57 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from pipeline.data.order import GlobalOrderSampler
+from pipeline.data.augment import Augment
+from pipeline.data.order import Batch, Order
+from pipeline.models.normalize import Normalize
+
+__all__ = ["Batch", "Inputs", "Loader", "Prepare"]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one rank computes in one optimizer step."""
+class Inputs:
+    """N samples on the device, each with K weighted classes. N may be 0; K is 1."""
 
-    start: int
-    """Position in the epoch of the step's first sample, over all ranks."""
-    global_count: int
-    """Samples of the step over all ranks: what the summed losses are divided by."""
-    micro_batches: tuple[Any, ...]
-    """On the device, as the loader's `inputs` takes them."""
+    images: Tensor
+    """[N, C, H, W], normalised."""
+    classes: Tensor
+    """int64 [K, N]."""
+    weights: Tensor
+    """[K, N], in the dtype of the images. A sample of weight 0 is padding."""
 
-    @property
-    def end(self) -> int:
-        return self.start + self.global_count
+
+class Prepare(nn.Module):
+    """Turns a micro-batch into Inputs on the device, without waiting for it; can be captured in a CUDA graph."""
+
+    def __init__(self, take: nn.Module, augment: nn.Module, normalize: Normalize):
+        """`take` turns what the loader yields into `Gathered`. A stage that does nothing is nn.Identity."""
+        super().__init__()
+        self.take = take
+        self.augment = augment
+        self.normalize = normalize
+        self.device = normalize.scale.device
+        self._one = torch.ones((), dtype=normalize.scale.dtype, device=self.device)
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.augment, Augment):
+            self.augment.set_epoch(epoch)
+
+    def forward(self, part: Any, count: Tensor | None = None) -> Inputs:
+        """Return the inputs for `part`. Samples at positions >= `count`, an integer on the device, get weight 0."""
+        pixels, labels, _ = self.augment(self.take(part))
+        images = self.normalize(pixels)
+        weights = self._one.expand(1, len(images))
+        if count is not None:
+            weights = weights * (torch.arange(len(images), device=self.device) < count)
+        return Inputs(images, labels.unsqueeze(0), weights)
 
 
 class Loader(Protocol):
-    """Yields the remaining batches of the position its sampler was set to."""
+    order: Order
+    prepare: Prepare
 
-    sampler: GlobalOrderSampler
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def inputs(self, micro_batch: Any) -> tuple[Tensor, Tensor]:
-        """Normalised images [N, C, H, W] and int64 labels [N], on the device; N may be 0."""
+    def batches(self, epoch: int, samples_seen: int = 0) -> Iterator[Batch]:
+        """Yield this rank's batches of `epoch` behind its first `samples_seen` samples (over all ranks)."""

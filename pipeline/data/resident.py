@@ -1,45 +1,45 @@
-"""A dataset that lies on the device: a micro-batch is a tensor of indices, gathered there."""
+"""A split that lies on the device: a micro-batch is a tensor of indices, gathered there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from pipeline.data.augment import Augment
-from pipeline.data.inputs import Batch
-from pipeline.data.order import GlobalOrderSampler
-from pipeline.models.normalize import Normalize
+from pipeline.data.augment import Gathered
+from pipeline.data.inputs import Batch, Prepare
+from pipeline.data.order import Order
 
 
-class ResidentLoader:
-    """The dataset lies as uint8 on the device; a micro-batch is a tensor of indices, gathered and normalised there."""
+class Gather(nn.Module, Dataset[Gathered]):
+    """Gathers samples by their indices: a whole micro-batch at a time, no Python work per sample."""
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        sampler: GlobalOrderSampler,
-        normalize: Normalize,
-        augment: Augment | None = None,
-    ):
-        device = normalize.scale.device
-        self.sampler = sampler
-        self._augment = augment
-        self._images = images.to(device)
-        self._labels = labels.to(device)
-        self._normalize = normalize
+    pixels: Tensor
+    labels: Tensor
 
-    def __iter__(self) -> Iterator[Batch]:
-        if self._augment is not None:
-            self._augment.set_epoch(self.sampler.epoch)
-        # one copy an epoch: a copy a step would be a launch and a synchronisation each
-        for step in self.sampler.steps(self._images.device):
-            yield Batch(step.start, step.global_count, step.micro_batches)
+    def __init__(self, pixels: Tensor, labels: Tensor):
+        super().__init__()
+        self.register_buffer("pixels", pixels, persistent=False)
+        self.register_buffer("labels", labels, persistent=False)
 
-    def inputs(self, micro_batch: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, indices: Tensor) -> Gathered:
         # on CPU five times as fast as indexing with a tensor
-        images, labels = (data.index_select(0, micro_batch) for data in (self._images, self._labels))
-        if self._augment is not None:
-            images = self._augment(images, micro_batch)
-        return self._normalize(images), labels
+        return self.pixels.index_select(0, indices), self.labels.index_select(0, indices), indices
+
+    def __getitem__(self, indices: Tensor) -> Gathered:
+        return self.forward(indices)
+
+
+@dataclass
+class ResidentLoader:
+    """Yields indices on the device; `prepare` begins with Gather."""
+
+    order: Order
+    prepare: Prepare
+
+    def batches(self, epoch: int, samples_seen: int = 0) -> Iterator[Batch]:
+        self.prepare.set_epoch(epoch)
+        # one copy an epoch: a copy a step would be a launch and a synchronisation each
+        yield from self.order.steps(epoch, samples_seen, self.prepare.device)

@@ -1,9 +1,9 @@
-"""One pass over the evaluation set in shards without padding, every sample counted once."""
+"""One pass over a split in blocks without padding: every sample is counted once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from pipeline.data.inputs import Loader
 from pipeline.learning.losses import Loss
 from pipeline.learning.metrics import Evaluation, EvaluationMeter
-from pipeline.learning.precision import Precision
+from pipeline.learning.update import Precision
 from pipeline.parallel.rank import Rank
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of evaluation samples in the order of the dataset, on the CPU."""
+    """Predictions for samples in the order of the dataset, on the CPU, [N] each."""
 
     labels: Tensor
     predicted: Tensor
@@ -26,61 +26,56 @@ class Predictions:
 
 
 class Interrupted(Exception):
-    """By a request to stop."""
+    """A request to stop interrupted an evaluation."""
 
 
+@dataclass
 class Evaluator:
-    """Runs the unwrapped network: DDP's forward would synchronise buffers, and shards differ in length."""
+    """Evaluates the unwrapped model: DDP's forward would synchronise, and ranks have unequal numbers of blocks."""
 
-    def __init__(
-        self, network: nn.Module, loader: Loader, loss: Loss, precision: Precision, rank: Rank, num_classes: int
-    ):
-        self._network = network
-        self._loader = loader
-        self._loss = loss
-        self._precision = precision
-        self._rank = rank
-        self._num_classes = num_classes
-        self._shard: list[tuple[Tensor, Tensor, Tensor]] = []
+    model: nn.Module
+    loader: Loader
+    loss: Loss
+    precision: Precision
+    rank: Rank
+    num_classes: int
+    _own: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    """Labels, predictions and confidences of each block of this rank in the last evaluation."""
 
     @torch.inference_mode()
     def evaluate(self, is_interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
-        """Collective: every rank must call. Ends with one reduction.
+        """Collective. Return the evaluation over all ranks, which takes one reduction.
 
-        Raises Interrupted if `is_interrupted`, which is asked after each batch and says the same on every rank.
+        `is_interrupted` is asked after each batch and gives the same answer on every rank; raises Interrupted if true.
         """
-        meter = EvaluationMeter(self._num_classes, self._rank.device)
-        self._network.eval()
-        self._shard = []
-        for batch in self._loader:
+        meter = EvaluationMeter(self.num_classes, self.rank.device)
+        self.model.eval()
+        self._own = []
+        for batch in self.loader.batches(0):
             for micro_batch in batch.micro_batches:
-                images, labels = self._loader.inputs(micro_batch)
-                if len(labels) == 0:
+                inputs = self.loader.prepare(micro_batch)
+                if len(inputs.images) == 0:
                     continue
-                with self._precision.autocast():
-                    output = self._network(images)
-                    loss = self._loss.total(output, labels)
+                with self.precision.autocast():
+                    output = self.model(inputs.images)
+                    loss = self.loss(output, inputs)
                 confidence, predicted = output.float().softmax(1).max(1)
-                meter.add(loss, labels, predicted)
-                self._shard.append((labels, predicted, confidence))
+                meter.add(loss, inputs.classes[0], predicted)
+                self._own.append((inputs.classes[0], predicted, confidence))
             if is_interrupted():
                 raise Interrupted
-        num_samples = self._loader.sampler.total_size
-        return meter.reduce(self._rank, num_samples, self._loss.per_sample(self._num_classes))
+        return meter.reduce(self.rank, self.loader.order.total_size)
 
     def first_predictions(self, count: int) -> Predictions:
-        """What the last evaluation predicted for the first samples of this rank's first batch, `count` at most.
-
-        Of rank 0 these are the first of the dataset.
-        """
-        return Predictions(*(column[:count].cpu() for column in self._shard[0]))
+        """Return the predictions for this rank's first `count` samples; on rank 0 they are the first of the dataset."""
+        return Predictions(*(column[:count].cpu() for column in self._own[0]))
 
     def predictions(self) -> Predictions:
-        """Collective: every rank must call. What the last evaluation predicted for all samples."""
-        shard = [torch.cat(column).cpu().numpy() for column in zip(*self._shard, strict=True)]
-        sampler = self._loader.sampler
-        indices = torch.cat([i for step in sampler.steps() for i in step.micro_batches]).numpy()
-        shards = [part for part in self._rank.gather([indices, *shard]) if len(part[0])]
-        order, *columns = (torch.cat([torch.from_numpy(part[i]) for part in shards]) for i in range(4))
+        """Collective. Return the predictions of the last evaluation for all samples."""
+        own = [torch.cat(column).cpu().numpy() for column in zip(*self._own, strict=True)]
+        steps = self.loader.order.steps(0)
+        indices = torch.cat([each for step in steps for each in step.micro_batches]).numpy()
+        parts = [part for part in self.rank.gather([indices, *own]) if len(part[0])]
+        order, *columns = (torch.cat([torch.from_numpy(part[i]) for part in parts]) for i in range(4))
         back = order.argsort()
         return Predictions(*(column[back] for column in columns))

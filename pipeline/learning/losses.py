@@ -1,49 +1,40 @@
-"""Losses as sums over samples, so that dividing by the global count gives the exact mean over any split."""
+"""Losses of samples with weighted classes, summed: a step divides by the global count and gets the exact mean."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.data.inputs import Inputs
+
 
 @dataclass(frozen=True)
 class Loss:
-    """`each(output [N, C], labels [N])` is the loss of each sample [N]; `per_sample(C)` what each counts for."""
-
     each: Callable[[Tensor, Tensor], Tensor]
-    inputs: tuple[Literal["log_probabilities", "scores"], ...]
-    per_sample: Callable[[int], int] = lambda num_classes: 1
+    """(output [N, C], classes int64 [N]) -> the loss of each sample [N]."""
+    expects: Literal["log_probabilities", "logits"]
 
-    def total(self, output: Tensor, labels: Tensor) -> Tensor:
-        """The sum over the samples, a scalar; 0 for none."""
-        return self.each(output, labels).sum()
-
-
-def _nll(output: Tensor, labels: Tensor) -> Tensor:
-    return F.nll_loss(output, labels, reduction="none")
-
-
-def _cross_entropy(output: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(output, labels, reduction="none")
+    def __call__(self, output: Tensor, inputs: Inputs) -> Tensor:
+        """Return the sum of `weights[k, n] * each(output, classes[k])[n]`, a scalar; 0 for no samples."""
+        weighted = zip(inputs.weights, inputs.classes, strict=True)
+        losses = [(weights * self.each(output, classes)).sum() for weights, classes in weighted]
+        total: Tensor = reduce(operator.add, losses)
+        return total
 
 
-def _squared_error(output: Tensor, labels: Tensor) -> Tensor:
-    """Against one-hot targets, summed over the classes."""
-    return F.mse_loss(output, F.one_hot(labels, output.shape[1]).to(output.dtype), reduction="none").sum(1)
+def _squared_error(output: Tensor, classes: Tensor) -> Tensor:
+    """Return the squared error against one-hot targets, [N]: the mean over the classes, as torch.nn.MSELoss has it."""
+    return F.mse_loss(output, F.one_hot(classes, output.shape[1]).to(output.dtype), reduction="none").mean(1)
 
 
 LOSSES: Mapping[str, Loss] = {
-    "nll": Loss(_nll, ("log_probabilities",)),
-    "cross_entropy": Loss(_cross_entropy, ("scores",)),
-    # the mean over samples and classes, as torch.nn.MSELoss has it
-    "mse": Loss(_squared_error, ("scores",), lambda num_classes: num_classes),
+    "nll": Loss(partial(F.nll_loss, reduction="none"), "log_probabilities"),
+    "cross_entropy": Loss(partial(F.cross_entropy, reduction="none"), "logits"),
+    "mse": Loss(_squared_error, "logits"),
 }
-
-
-def losses_for(output: str) -> list[str]:
-    """Names of the losses that fit a network's output."""
-    return [name for name, loss in LOSSES.items() if output in loss.inputs]

@@ -1,70 +1,95 @@
-"""The register of networks: what each is called, what it takes and what it gives."""
+"""The models by name, the description from which one can be built again, and what can be asked of any model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline.models.networks import build_convnet, build_lenet, build_net_conv10_20
+from pipeline.config.arguments import convert_arguments, resolve
+from pipeline.models import networks
 
-
-@dataclass(frozen=True)
-class Network:
-    build: Callable[..., nn.Module]
-    output: Literal["log_probabilities", "scores"]
-    min_image_size: int
-    """Side in pixels under which no pixel is left for the linear layers."""
-    arguments: tuple[str, ...] = ()
-
-
-NETWORKS: Mapping[str, Network] = {
-    "convnet": Network(build_convnet, "log_probabilities", 6, ("dropout", "dropout2d")),
-    "lenet_3x3": Network(partial(build_lenet, kernel_size=3), "scores", 10),
-    "lenet_5x5": Network(partial(build_lenet, kernel_size=5), "scores", 16),
-    "net_conv10_20": Network(build_net_conv10_20, "log_probabilities", 16, ("dropout2d",)),
+MODELS: Mapping[str, Callable[..., nn.Module]] = {
+    "convnet": networks.convnet,
+    "lenet_3x3": networks.lenet_3x3,
+    "lenet_5x5": networks.lenet_5x5,
+    "net_conv10_20": networks.net_conv10_20,
 }
+END_IN_LOG_SOFTMAX = ("convnet", "net_conv10_20")
 
 
-def build_model(
-    name: str, channels: int, image_size: int, num_classes: int, arguments: Mapping[str, Any] | None = None
-) -> nn.Module:
-    """A network for images [N, channels, image_size, image_size]; raises KeyError for an unknown name."""
-    return NETWORKS[name].build(channels, image_size, num_classes, **(arguments or {}))
+def builder(name: str) -> Callable[..., nn.Module]:
+    """Return the function (channels, image_size, num_classes, **arguments) that builds a model.
+
+    `name` is one of MODELS, or "package.module:callable". Raises ValueError that says why there is no such function.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if ":" not in name:
+        raise ValueError(f"{name} is no model; accepted: {', '.join(MODELS)}, or package.module:callable")
+    return resolve(name)
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class ModelSpec:
+    """All that it takes to build a model. `dataclasses.asdict` makes JSON of it, `ModelSpec(**...)` a spec of that."""
+
+    name: str
+    """One of MODELS, or "package.module:callable"."""
+    arguments: Mapping[str, Any]
+    """Those that were set; the builder's defaults hold for the others."""
+    channels: int
+    image_size: int
+    """Side in pixels."""
+    num_classes: int
+
+    def build(self) -> nn.Module:
+        """Return the model with initial weights from torch's generator.
+
+        Raises ValueError for a name, arguments or sizes that do not fit.
+        """
+        build = builder(self.name)
+        sizes = {"channels": self.channels, "image_size": self.image_size, "num_classes": self.num_classes}
+        return build(**sizes, **convert_arguments(build, self.arguments, sizes))
+
+
+def output_of(name: str) -> Literal["log_probabilities", "logits"] | None:
+    """Return what a model gives for an image and a class; None for one that is not ours."""
+    if name not in MODELS:
+        return None
+    return "log_probabilities" if name in END_IN_LOG_SOFTMAX else "logits"
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Return whether padding a batch would change what the model computes for the other samples."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return any(isinstance(layer, kinds) for layer in model.modules())
+
+
+class LayerRow(NamedTuple):
     name: str
     kind: str
-    output_shape: tuple[int, ...]
-    """Without the batch dimension."""
+    output_shape: tuple[int, ...]  # without the batch dimension
     num_parameters: int
 
 
 def describe_layers(model: nn.Module, channels: int, image_size: int) -> list[LayerRow]:
-    """One row per layer that computes, in order of use, from a forward pass of one blank image."""
+    """Return one row per layer that computes, in order of use, from a forward pass of one blank image."""
+    names = {layer: name for name, layer in model.named_modules() if not any(layer.children())}
     rows: list[LayerRow] = []
 
-    def record(name: str, layer: nn.Module, output: torch.Tensor) -> None:
-        parameters = sum(parameter.numel() for parameter in layer.parameters())
-        rows.append(LayerRow(name, type(layer).__name__, tuple(output.shape[1:]), parameters))
+    def record(layer: nn.Module, inputs: Any, output: Any) -> None:
+        num_parameters = sum(parameter.numel() for parameter in layer.parameters())
+        shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()  # a recurrent layer gives several
+        rows.append(LayerRow(names[layer], type(layer).__name__, shape, num_parameters))
 
-    hooks = [
-        layer.register_forward_hook(lambda layer, _, output, name=name: record(name, layer, output))
-        for name, layer in model.named_modules()
-        if not any(layer.children())
-    ]
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, channels, image_size, image_size))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        for layer in names:
+            stack.enter_context(layer.register_forward_hook(record))
+        model.eval()(torch.zeros(1, channels, image_size, image_size))
     return rows

@@ -1,9 +1,9 @@
 """Checkpoints: folders that are complete or do not exist, verified before use, never unpickled.
 
     checkpoints/step-00000450/
-        model.pt        state_dict of the unwrapped network
+        model.pt        state_dict of the unwrapped model
         training.pt     optimizer, loss scale, sums of the record in progress
-        position.json   epoch, samples_seen, global_step, best evaluation so far, run id, config
+        position.json   epoch, samples_seen, global_step, best evaluation so far; run id, config, dataset, model spec
         manifest.json   format, size and SHA-256 of each file above
 
 The learning rate and all random streams are functions of the position and need no file.
@@ -15,7 +15,7 @@ import hashlib
 import io
 import json
 import logging
-import os
+import math
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -24,18 +24,22 @@ from typing import Any
 
 import torch
 
-FORMAT = 2
-_FOLDER = re.compile(r"step-(\d{8,})(\.old)?")
+from pipeline.base.files import sync_folder, write_synced
+from pipeline.config.schema import CheckpointConfig
+from pipeline.run.folder import RunError, RunFolder
+
+FORMAT = 3
+FILES = ("model.pt", "training.pt", "position.json")
 logger = logging.getLogger("convoy")
 
 
-class CheckpointError(Exception):
+class CheckpointError(RunError):
     """A checkpoint is damaged or does not fit; the message names it."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a training stands: behind `samples_seen` samples (over all ranks) of `epoch`, counted from 0."""
+    """The place of a training: behind `samples_seen` samples (over all ranks) of `epoch`, counted from 0."""
 
     epoch: int = 0
     samples_seen: int = 0
@@ -50,30 +54,41 @@ class Best:
     global_step: int
 
 
+def is_better(metric: str, value: float, than: float) -> bool:
+    """Compare two evaluations. NaN is better than nothing, and nothing is worse than NaN."""
+    if math.isnan(than):
+        return not math.isnan(value)
+    return value < than if metric == "eval/loss" else value > than
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """The run that a checkpoint belongs to."""
+
+    run_id: str
+    config: dict[str, Any] = field(default_factory=dict)  # dotted key -> value, as the training was run with
+    dataset_digest: str = ""
+    model: dict[str, Any] = field(default_factory=dict)  # the ModelSpec
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """All that a training needs to go on. `model` has unwrapped keys; tensors are on the CPU after loading."""
 
     position: Position
     best: Best | None
-    run_id: str
+    identity: RunIdentity
     model: dict[str, Any]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any]
-    meter: dict[str, Any]
-    config: dict[str, Any] = field(default_factory=dict)
-    """Dotted key -> value, as the training was run with."""
-    dataset_digest: str = ""
+    update: dict[str, Any]  # the state of `Update`: optimizer, loss scale, count of skipped steps
+    recording: dict[str, Any]  # sums of the record in progress
 
 
 class Checkpoints:
-    """The checkpoints of one run. Only rank 0 writes."""
+    """The checkpoints of one run, kept as the config says. Only rank 0 writes."""
 
-    def __init__(self, folder: Path, *, keep: int, keep_best: int, higher_is_better: bool):
-        self.folder = folder
-        self._keep = keep
-        self._keep_best = keep_best
-        self._sign = 1 if higher_is_better else -1
+    def __init__(self, config: CheckpointConfig, run: RunFolder):
+        self.config = config
+        self.folder = run.checkpoints
 
     def save(self, state: TrainingState, value: float | None = None) -> Path:
         """Write a checkpoint, then remove what `keep` and `keep_best` do not cover.
@@ -96,7 +111,7 @@ class Checkpoints:
             # one left by a kill is what this attempt began from, the target then being damaged
             shutil.rmtree(target) if replaced.exists() else target.rename(replaced)
         temporary.rename(target)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         try:
             self._prune(state.position.global_step)
         except OSError as error:  # the new one is there all the same
@@ -104,27 +119,23 @@ class Checkpoints:
         return target
 
     def _write_folder(self, temporary: Path, state: TrainingState, value: float | None) -> None:
-        """All files of a checkpoint, forced to the disk."""
+        """Write all files of a checkpoint, and force them to the disk."""
         temporary.mkdir()
         _write(temporary / "model.pt", state.model)
-        _write(
-            temporary / "training.pt",
-            {"optimizer": state.optimizer, "scaler": state.scaler, "meter": state.meter},
-        )
-        position = {**asdict(state.position), "best": state.best and asdict(state.best), "run_id": state.run_id}
-        identity = {"config": state.config, "dataset_digest": state.dataset_digest}
-        _write(temporary / "position.json", {**position, "value": value, **identity})
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        _write(temporary / "training.pt", {"update": state.update, "recording": state.recording})
+        place = {**asdict(state.position), "best": state.best and asdict(state.best), "value": value}
+        _write(temporary / "position.json", place | {"identity": asdict(state.identity)})
+        files = {name: _fingerprint(temporary / name) for name in FILES}
         _write(temporary / "manifest.json", {"format": FORMAT, "files": files})
-        _sync_folder(temporary)
+        sync_folder(temporary)
 
     def all(self) -> list[Path]:
-        """Checkpoints, sound and damaged, the latest first."""
-        found = [path for path in self.folder.glob("step-*") if _FOLDER.fullmatch(path.name)]
+        """Return all checkpoints, sound and damaged, the latest first."""
+        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}(\.old)?", path.name)]
         return sorted(found, key=_step_of, reverse=True)
 
     def load_latest(self) -> TrainingState | None:
-        """The latest checkpoint that verifies; damaged ones are named in a warning and passed over.
+        """Return the latest checkpoint that verifies; damaged ones are named in a warning and passed over.
 
         None if there is none. Raises CheckpointError if there are some, and none can be used: to begin anew would
         remove them.
@@ -144,59 +155,40 @@ class Checkpoints:
 
     def _prune(self, saved_step: int) -> None:
         # what claims to be of a later step was damaged and passed over, or this step could not have been trained
-        by_step = [path for path in self.all() if _step_of(path) <= (saved_step, 1) and path.suffix != ".old"]
-        kept = set(by_step[: self._keep]) | set(sorted(by_step, key=self._rank, reverse=True)[: self._keep_best])
+        by_step = [path for path in self.all() if _step_of(path)[0] <= saved_step and path.suffix != ".old"]
+        best = sorted(by_step, key=self._rank, reverse=True)[: self.config.keep_best]
+        kept = {*by_step[: self.config.keep], *best}
         for path in self.all():
             if path not in kept:
                 shutil.rmtree(path)
 
     def _rank(self, path: Path) -> tuple[float, int]:
-        """Sorts the best last; of equals the first, as model/best.pt has it."""
+        """Return a key that sorts the best last; of equals the first, as the best weights in model/ are."""
         try:
-            value = json.loads((path / "position.json").read_bytes())["value"]
-        except (OSError, ValueError, KeyError):
-            value = None
+            value = float(json.loads((path / "position.json").read_bytes())["value"])
+        except (OSError, ValueError, KeyError, TypeError):  # TypeError: without an evaluation it is null
+            value = math.nan
+        sign = -1 if self.config.metric == "eval/loss" else 1
         # NaN compares to nothing, so it must not get into a sort
-        comparable = value is not None and value == value
-        return self._sign * float(value) if comparable else float("-inf"), -_step_of(path)[0]
+        return -math.inf if math.isnan(value) else sign * value, -_step_of(path)[0]
 
 
 def load_checkpoint(path: Path) -> TrainingState:
     """Read one checkpoint onto the CPU. Raises CheckpointError if a file is missing, damaged or not ours."""
-    _verify(path)
     try:
-        return _load(path)
+        _verify(path)
+        position = json.loads((path / "position.json").read_bytes())
+        training = _load_tensors(path / "training.pt")
+        return TrainingState(
+            Position(position["epoch"], position["samples_seen"], position["global_step"]),
+            Best(**position["best"]) if position["best"] else None,
+            RunIdentity(**position["identity"]),
+            _load_tensors(path / "model.pt"),
+            training["update"],
+            training["recording"],
+        )
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} is none of ours ({type(error).__name__}: {error})") from error
-
-
-def _load(path: Path) -> TrainingState:
-    position = json.loads((path / "position.json").read_bytes())
-    training = _load_tensors(path / "training.pt")
-    return TrainingState(
-        Position(position["epoch"], position["samples_seen"], position["global_step"]),
-        Best(**position["best"]) if position["best"] else None,
-        position["run_id"],
-        _load_tensors(path / "model.pt"),
-        training["optimizer"],
-        training["scaler"],
-        training["meter"],
-        position["config"],
-        position["dataset_digest"],
-    )
-
-
-def save_atomically(path: Path, content: Any) -> None:
-    """Write tensors (`.pt`) or JSON so that `path` holds either what it held or all of the new content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        _write(temporary, content)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(path)
-    _sync_folder(path.parent)
+        raise CheckpointError(f"checkpoint {path} is damaged ({type(error).__name__}: {error})") from error
 
 
 def _verify(path: Path) -> None:
@@ -205,42 +197,31 @@ def _verify(path: Path) -> None:
         version, files = manifest["format"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} has no readable manifest ({error})") from error
-    if not {"model.pt", "training.pt", "position.json"} <= files.keys():
-        raise CheckpointError(f"checkpoint {path} is damaged: its manifest names only {sorted(files)}")
     if version != FORMAT:
-        raise CheckpointError(f"checkpoint {path} has format {version}; this version reads format {FORMAT}")
-    for name, expected in files.items():
-        try:
-            sound = _fingerprint(path / name) == expected
-        except OSError:
-            sound = False
-        if not sound:
+        raise CheckpointError(f"checkpoint {path}: manifest of format {version}; this version reads format {FORMAT}")
+    for name in FILES:
+        if files.get(name) != _fingerprint(path / name):
             raise CheckpointError(f"checkpoint {path} is damaged: {name} is not what its manifest states")
 
 
-def _load_tensors(path: Path) -> dict[str, Any]:
+def _load_tensors(path: Path) -> Any:
     try:
-        # weights_only: a checkpoint can hold tensors and plain values, never code
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch's own text advises to load it all the same
+        return torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
+    except Exception as error:  # torch's own text advises to load it all the same
         kind = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"holds code ({kind[1]})" if kind else "is damaged, or holds more than tensors and plain values"
         raise CheckpointError(f"checkpoint file {path} {what}: refused") from error
-    return loaded
 
 
 def _write(path: Path, content: Any) -> None:
-    with path.open("wb") as file:
-        if path.suffix == ".pt":
-            # in memory first: into a file without room torch raises something else than OSError
-            memory = io.BytesIO()
-            torch.save(content, memory)
-            file.write(memory.getbuffer())
-        else:
-            file.write(json.dumps(content, indent=1).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    """Write tensors (`.pt`) or JSON, and force it to the disk."""
+    if path.suffix == ".pt":
+        # in memory first: into a file without room torch raises something else than OSError
+        memory = io.BytesIO()
+        torch.save(content, memory)
+        write_synced(path, lambda file: file.write(memory.getbuffer()))
+    else:
+        write_synced(path, json.dumps(content, indent=1))
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -248,17 +229,6 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _step_of(path: Path) -> tuple[int, int]:
-    """Sorts by step, and a replaced checkpoint before the one that replaces it."""
-    found = _FOLDER.fullmatch(path.name)
-    assert found is not None
-    return int(found[1]), 0 if found[2] else 1
+def _step_of(path: Path) -> tuple[int, bool]:
+    """Return a key that sorts by step, and a replaced checkpoint before the one that replaces it."""
+    return int(path.stem.removeprefix("step-")), path.suffix != ".old"

@@ -2,70 +2,52 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import socket
+import struct
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pipeline.base.files import locked
+from pipeline.base.files import locked, read_json, write_atomically
 from pipeline.config import Config
-
-State = Literal["running", "finished", "preempted", "failed"]
 
 
 class RunError(Exception):
     """The run folder cannot be used as asked; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    path: Path
+    """The folder of a run, which need not exist, and the places in it."""
 
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def journal(self) -> Path:
-        return self.path / "journal.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
+    def __init__(self, path: Path):
+        self.path = path
+        self.name = path.name
+        self.config = path / "config.yaml"
+        self.journal = path / "journal.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.figures = path / "figures"
+        self.model = path / "model"
+        self.lock = path / ".training.lock"
 
     def status(self) -> dict[str, Any]:
-        """The content of status.json; empty for a folder that has none, or none that can be read."""
-        try:
-            loaded: dict[str, Any] = json.loads((self.path / "status.json").read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return {}
-        return loaded
+        """Return the content of status.json; empty for a folder that has none, or none that can be read."""
+        return read_json(self.path / "status.json")
 
     def update_status(self, **changes: Any) -> None:
         """Change some keys of status.json. Training and publisher both write it, hence the lock."""
         with locked(self.path / ".status.lock"):
             status = self.status() | changes
-            temporary = self.path / ".writing-status.json"
-            temporary.write_text(json.dumps(status, indent=1) + "\n")
-            temporary.replace(self.path / "status.json")
+            write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
 
 
 def slurm_run_name(environment: Mapping[str, str]) -> str | None:
-    """`slurm-<job id>`, or `slurm-<array id>_<task id>` in an array; None outside Slurm."""
+    """Return `slurm-<job id>`, or `slurm-<array id>_<task id>` in an array; None outside Slurm."""
     if array := environment.get("SLURM_ARRAY_JOB_ID"):
         return f"slurm-{array}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
     job = environment.get("SLURM_JOB_ID")
@@ -75,7 +57,7 @@ def slurm_run_name(environment: Mapping[str, str]) -> str | None:
 def choose_run(
     config: Config, config_name: str, environment: Mapping[str, str], launch_id: str | None, *, is_restart: bool = False
 ) -> RunFolder:
-    """The folder of this run: the one named, Slurm's, that of the same launch before an elastic restart, or a new one.
+    """Return the folder of this run: the one named, Slurm's, that of the same launch before a restart, or a new one.
 
     A default name belongs to one launch only: repeating the command without a name is a new run.
     """
@@ -90,19 +72,64 @@ def choose_run(
     stem = f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         folder = RunFolder(runs / (stem + suffix))
-        try:
+        with suppress(FileExistsError):  # another run was started in this second
             folder.path.mkdir(parents=True)
-        except FileExistsError:  # another run was started in this second
-            continue
-        return folder
+            return folder
     raise RunError(f"{runs} has a thousand runs of this second; set run.name")
 
 
 def _run_of_launch(runs: Path, launch_id: str, *, finished_too: bool) -> RunFolder | None:
-    """A finished one only for a restart: the id of a launch can be given by hand, and given again another day."""
+    """Return the run of a launch; a finished one only for a restart, since an id given by hand can be given again."""
     for status in runs.glob("*/status.json"):
         folder = RunFolder(status.parent)
         known = folder.status()
         if known.get("launch_id") == launch_id and (finished_too or known.get("state") != "finished"):
             return folder
     return None
+
+
+@contextmanager
+def training_lock(folder: RunFolder, *, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock while a training writes in the folder. Raises RunError that names the holder if there is one.
+
+    Waits `patience` seconds for a holder to leave. A POSIX lock, which forked DataLoader workers do not inherit: it is
+    gone with the training itself.
+    """
+    wait_until_free(folder, patience)
+    with folder.lock.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise RunError(
+                    f"{folder.path} cannot be locked against a second training ({error.strerror}): put run.dir on a "
+                    "filesystem that has POSIX locks"
+                ) from error
+            file.seek(0)
+            raise RunError(
+                f"run {folder.name} is being trained right now by {file.read().strip() or 'another process'}: wait "
+                "for it, stop it, or choose another run.name"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def wait_until_free(folder: RunFolder, patience: float) -> None:
+    """Wait until nobody trains in the folder, `patience` seconds at most."""
+    deadline = time.monotonic() + patience
+    while is_being_trained(folder) and time.monotonic() < deadline:
+        time.sleep(0.5)
+
+
+def is_being_trained(folder: RunFolder) -> bool:
+    """Return whether another process holds the training lock, without taking it: that could refuse a training that
+    starts. The training itself must not ask: it would lose its POSIX lock by closing the file a second time."""
+    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
+    try:
+        with folder.lock.open("a+") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+    except OSError:
+        return False
+    return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)

@@ -1,17 +1,6 @@
-"""The journal: all that a run records, one JSON object a line, appended and never changed.
+"""The journal: all that a run records, one record a line (records.py), appended and never changed.
 
-Every line has `v` (1) and `kind`:
-
-    run         run_id, name, experiment, tracking_uri, timestamp_ms: first of the file, once
-    params      values: {dotted key: value}
-    tags        values: {key: value}
-    dataset     name, digest, source, num_train, num_eval
-    metric      key, value, step, timestamp_ms
-    predictions step, predicted and confidence: of the images in evaluation/samples.npz, at an evaluation
-    evaluation  path of an .npz in the run folder: what the figures are drawn from
-    artifact    path of a file in the run folder, which is logged under the same path
-    model       path of the weights in the run folder, the step they are of, and all it takes to rebuild the network
-    status      state (running, finished, preempted or failed), timestamp_ms
+Records of version 1 are read as ones of version 2.
 """
 
 from __future__ import annotations
@@ -25,15 +14,13 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.base.credentials import without_credentials
+from pipeline.run.records import MetricRecord, Record, RunRecord, State
 
-Record = dict[str, Any]
-
-VERSION = 1
+VERSION = 2
 NAME_LENGTH = 250
-TAIL_BYTES = 2**18
 NONFINITE = "_nonfinite"
 KILLED = "killed, or its machine failed"
 """Why an attempt ended that recorded no end."""
@@ -41,21 +28,22 @@ encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode  # json
 
 
 class Journal:
-    """Appends records. One `write` a call, so that a reader never sees half of one but after a crash.
+    """Appends records, in one `write` a call, so that a reader sees half of one only after a crash.
 
     While the disk is full, records are kept in memory: they are written when there is room again, and `sync` raises
     until then.
     """
 
     def __init__(self, path: Path):
-        """Opens or creates `path`; a line torn by a crash is cut off."""
+        """Open or create `path`; a line torn by a crash is cut off."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        self._last_step: dict[str, int] = {}
+        self.last_steps: dict[str, int] = {}
+        """Key of a metric -> step of its last point."""
         self._num_nonfinite: dict[str, int] = {}
         self.run_id: str | None = None
         self.num_attempts = 0
-        self.state: str | None = None
+        self.state: State | None = None
         """Of the last status record: `running` if the attempt before was killed."""
         complete_bytes = 0
         for record, end in iterate(path):
@@ -67,7 +55,7 @@ class Journal:
     def _remember(self, record: Record) -> None:
         match record["kind"]:
             case "metric":
-                self._last_step[record["key"]] = record["step"]
+                self.last_steps[record["key"]] = record["step"]
                 if record["key"].endswith(NONFINITE):
                     self._num_nonfinite[record["key"]] = int(record["value"])
             case "run":
@@ -76,13 +64,11 @@ class Journal:
                 self.state = record["state"]
                 self.num_attempts += record["state"] == "running"
 
-    def append(self, kind: str, **fields: Any) -> None:
-        self.append_all([{"kind": kind, **fields}])
-
-    def append_all(self, records: list[Record]) -> None:
-        """Records that make sense only together, in one write. Credentials in params and tags are left out."""
-        lines = "".join(encode({"v": VERSION, **_without_credentials(record)}) + "\n" for record in records)
-        self._unwritten += lines.encode()
+    def append(self, *records: Record) -> None:
+        """Append records in one write, so that they are there together. Credentials in params and tags are left out."""
+        self._unwritten += "".join(map(_encode_line, records)).encode()
+        for record in records:
+            self._remember(record)
         try:
             self._write()
         except OSError as error:
@@ -90,7 +76,7 @@ class Journal:
                 raise
 
     def _write(self) -> None:
-        """All that is not written yet, or nothing: half a line would spoil the next."""
+        """Write all that is not written yet, or nothing: half a line would spoil the next."""
         size, data = os.fstat(self._file).st_size, self._unwritten
         try:
             while data:
@@ -106,27 +92,20 @@ class Journal:
         MLflow keeps a point for every value and time given to one step, for good, so the first must be the only one.
         Values that are not finite are recorded as their count so far, `<key>_nonfinite`: MLflow's page breaks on NaN.
         """
-        timestamp_ms = now_ms()
-        lines = []
+        now = now_ms()
+        records: dict[str, MetricRecord] = {}
         for key, value in values.items():
             name, number = clean_name(key), float(value)
-            is_finite = math.isfinite(number)
-            if not is_finite:
+            if not math.isfinite(number):
                 name = clean_name(key, NAME_LENGTH - len(NONFINITE)) + NONFINITE
-            if step > self._last_step.get(name, -1):
-                self._last_step[name] = step
-                if not is_finite:
-                    number = self._num_nonfinite[name] = self._num_nonfinite.get(name, 0) + 1
-                lines.append(
-                    {"kind": "metric", "key": name, "value": number, "step": step, "timestamp_ms": timestamp_ms}
-                )
-        self.append_all(lines)
+                number = self._num_nonfinite.get(name, 0) + 1
+            if name not in records and step > self.last_steps.get(name, -1):
+                records[name] = MetricRecord(kind="metric", key=name, value=number, step=step, timestamp_ms=now)
+        self.append(*records.values())
 
-    def status(self, state: str) -> None:
+    def status(self, state: State) -> None:
         """Record that the run is in this state from now on."""
-        record = {"kind": "status", "state": state, "timestamp_ms": now_ms()}
-        self.append_all([record])
-        self._remember(record)
+        self.append({"kind": "status", "state": state, "timestamp_ms": now_ms()})
 
     def sync(self) -> None:
         """Force what was appended to the disk. Raises OSError if that cannot be."""
@@ -141,12 +120,12 @@ class Journal:
 
 
 def now_ms() -> int:
-    """Milliseconds since 1970, as MLflow has times."""
+    """Return milliseconds since 1970, as MLflow has times."""
     return time.time_ns() // 1_000_000
 
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[Record], int]:
-    """All complete records from byte `offset` on, and the offset behind the last; raises what `iterate` raises."""
+    """Return all complete records from byte `offset` on, and the offset behind the last. Raises as `iterate` does."""
     entries = list(iterate(path, offset))
     return [record for record, _ in entries], entries[-1][1] if entries else offset
 
@@ -154,7 +133,7 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[Record], int]:
 def iterate(
     path: Path, offset: int = 0, end: int | None = None, *, kinds: Collection[str] = (), keys: Collection[str] = ()
 ) -> Iterator[tuple[Record, int]]:
-    """The complete records from byte `offset` to `end`, each with the offset behind it.
+    """Yield the complete records from byte `offset` to `end`, each with the offset behind it.
 
     With `kinds`, or `keys` of metrics, only those: the others are not decoded, which is twenty times as fast. A line
     without its end is being written, or was torn by a crash: it is left for the next reading. Raises ValueError naming
@@ -172,38 +151,64 @@ def iterate(
 
 
 def last_moment(path: Path) -> int | None:
-    """When the last of the records with a time was written, in ms since 1970."""
+    """Return when the last of the records with a time was written, in ms since 1970."""
     with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**18))
         lines = file.read().split(b"\n")[1:-1]  # the first may be cut, behind the last is none or a torn one
     times = [json.loads(line).get("timestamp_ms") for line in lines]
     return max((moment for moment in times if moment is not None), default=None)
 
 
+def run_record(path: Path) -> RunRecord | None:
+    """Return the record that says which run this is; None where a run was killed before it recorded anything."""
+    return next((record for record, _ in iterate(path, kinds=("run",)) if record["kind"] == "run"), None)
+
+
+def metric_records(path: Path, *keys: str) -> Iterator[MetricRecord]:
+    """Yield the points of some metrics, in the order they were recorded."""
+    return (record for record, _ in iterate(path, keys=keys) if record["kind"] == "metric")
+
+
+def _encode_line(record: Record) -> str:
+    fields: dict[str, Any] = {"v": VERSION, **record}
+    if record["kind"] == "params" or record["kind"] == "tags":
+        values = record["values"].items()
+        fields["values"] = {key: without_credentials(v) if isinstance(v, str) else v for key, v in values}
+    return encode(fields) + "\n"
+
+
 def _decode(line: bytes, path: Path, offset: int) -> Record:
     try:
-        record: Record = json.loads(line)
-        version = record["v"], record["kind"]
-    except (ValueError, TypeError, KeyError) as error:
+        fields = json.loads(line)
+        version, kind = fields.pop("v"), fields["kind"]
+        if version == 1:
+            _upgrade(kind, fields)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{path}, byte {offset}: not a journal record ({error})") from error
-    if version[0] != VERSION:
+    if version not in (1, VERSION):
         raise ValueError(
-            f"{path}, byte {offset}: a record of version {version[0]}, and this program knows {VERSION}: use the "
+            f"{path}, byte {offset}: a record of version {version}, and this program knows 1 and {VERSION}: use the "
             "version of Convoy that wrote it"
         )
-    return record
+    return cast(Record, fields)
 
 
-def _without_credentials(record: Record) -> Record:
-    if record["kind"] not in ("params", "tags"):
-        return record
-    values = {k: without_credentials(v) if isinstance(v, str) else v for k, v in record["values"].items()}
-    return record | {"values": values}
+def _upgrade(kind: str, fields: dict[str, Any]) -> None:
+    """Change the fields of a record of version 1 to those of version 2."""
+    if kind == "tags":  # `resume.<n>.` numbered attempts from 0 on
+        values = fields["values"].items()
+        fields["values"] = {
+            re.sub(r"^resume\.(\d+)\.", lambda found: f"attempt.{int(found[1]) + 1}.", key): v for key, v in values
+        }
+    if kind == "model":  # there was no model.json
+        spec = {key: fields.pop(key) for key in ("name", "arguments", "channels", "image_size", "num_classes")}
+        about = {"mean": fields.pop("mean"), "std": fields.pop("std"), "classes": ()}
+        fields["description"] = {"format": 1, "spec": spec, **about}
 
 
 @lru_cache(maxsize=1024)
 def clean_name(name: str, limit: int = NAME_LENGTH) -> str:
-    """A metric name that MLflow takes: other characters become `_`, empty path parts go, and what is too long.
+    """Return a metric name that MLflow takes: other characters become `_`, empty path parts go, and what is too long.
 
     MLflow allows letters, digits and `_ - . space : /`, no `..` in front, and rejects a whole batch for one bad name.
     """

@@ -1,8 +1,7 @@
-"""What a node does while it trains: samples of its processors, memory, disks, network and GPUs.
+"""What a node does while it trains: metrics of its processors, memory, disks, network and GPUs.
 
-They are metrics in the journal's format, in a file for each node, system/<host>.jsonl of the run folder: keys are
-`system/<host>/<name>`, the step is the number of the sample. Imports neither torch nor mlflow: the process that samples
-is to be a small one.
+Each node has a journal of them, system/<host>.jsonl of the run folder: keys are `system/<host>/<name>`, the step is the
+number of the sample. Imports neither torch nor mlflow, so that the monitor is a small process.
 """
 
 from __future__ import annotations
@@ -18,50 +17,42 @@ from typing import IO, Any
 
 import psutil
 
-from pipeline.run.journal import Journal, clean_name, iterate
+from pipeline.run.journal import Journal, clean_name
 
 logger = logging.getLogger("convoy")
 
 MIB = 2**20
-DIGITS = 3
-"""Decimals of a recorded value: more would make the files larger, and tell nothing."""
 SHORTEST = 1.0
-"""Seconds that a last sample has to tell of: over less, a share of the CPU or a rate is noise."""
+"""Shortest interval of the last sample, in seconds: rates over less are noise."""
 
 Values = dict[str, float]
 Reading = Callable[[], Values]
-logger = logging.getLogger("convoy")
 
 
-class Sampler:
-    """Appends samples of this node to its file. Never raises: what fails is said once, and the rest goes on.
+class SystemMonitor:
+    """Appends samples of this node to its file. Never raises: a failure is logged once, and the rest goes on.
 
-    Of several samplers with one host name and one run folder (two launchers on a machine, or a sampler that has not
-    noticed yet that its training died) one writes, and another takes over when that has ended: by two of them a step
-    would have two values.
+    Of several monitors of one host and run folder (two launchers on a machine, or one that has not noticed yet that its
+    training died) one writes, and another takes over when that has ended: else a step would have two values.
     """
 
     def __init__(self, run_folder: Path, host: str):
-        """`host` is a part of a metric name and of a file name."""
         self._path = run_folder / "system" / f"{host}.jsonl"
         self._prefix = f"system/{host}/"
         self._readings = node_readings(run_folder) | gpu_readings()
         self._journal: Journal | None = None
         self._lock: IO[bytes] | None = None
-        self._number = 0
-        self._said: set[str] = set()
-        self._read()  # what is a rate is one since the reading before
+        self._logged: set[str] = set()
+        self._read()  # rates are counted since the reading before
 
     def sample(self) -> None:
         values = self._read()
         try:
-            if self._journal is None:
-                self._open()
-            if self._journal is not None:
-                self._journal.metrics({self._prefix + name: value for name, value in values.items()}, self._number)
-                self._number += 1
+            journal = self._journal or self._open()
+            if journal is not None:
+                journal.metrics(values, max(journal.last_steps.values(), default=-1) + 1)
         except Exception as error:  # a full disk, say; the line that it tore is cut off when the file is opened again
-            self._say("the samples cannot be written, will be tried again", error)
+            self._log_once("the samples cannot be written, will be tried again", error)
             self.close()
 
     def close(self) -> None:
@@ -71,7 +62,7 @@ class Sampler:
             if journal is not None:
                 journal.close()
         except OSError as error:
-            self._say("the samples may not be on the disk", error)
+            self._log_once("the samples may not be on the disk", error)
         if lock is not None:
             lock.close()
 
@@ -79,73 +70,67 @@ class Sampler:
         values: Values = {}
         for what, read in self._readings.items():
             try:
-                values |= {name: round(value, DIGITS) for name, value in read().items()}
-            except Exception as error:  # whatever a driver comes up with
-                self._say(f"{what} cannot be read", error)
+                values |= {self._prefix + name: round(value, 3) for name, value in read().items()}
+            except Exception as error:  # whatever a driver raises
+                self._log_once(f"{what} cannot be read", error)
         return values
 
-    def _open(self) -> None:
-        """Go on behind the last sample in the file, if no other sampler has it."""
+    def _open(self) -> Journal | None:
+        """Continue behind the last sample in the file; None if another monitor has it."""
         self._path.parent.mkdir(exist_ok=True)
         if self._lock is None:
             self._lock = self._path.open("ab")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return
+            return None
         except OSError as error:  # not every filesystem has locks
-            self._say("the file of the samples cannot be locked", error)
-        self._number = max((record["step"] for record, _ in iterate(self._path)), default=-1) + 1
+            self._log_once("the file of the samples cannot be locked", error)
         self._journal = Journal(self._path)
+        return self._journal
 
-    def _say(self, what: str, error: Exception) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _log_once(self, what: str, error: Exception) -> None:
+        if what not in self._logged:
+            self._logged.add(what)
             logger.warning("%s: %s: %s", what, type(error).__name__, error)
 
 
-def follow(sampler: Sampler, every: float, wait_for_end: Callable[[float], bool]) -> None:
-    """Sample every `every` seconds until the end, and then the rest: a short run is to have a sample, too.
+def follow(monitor: SystemMonitor, every: float, wait_for_end: Callable[[float], bool]) -> None:
+    """Sample every `every` seconds until the end, and once more then: a short run is to have a sample, too.
 
     `wait_for_end` waits for the given seconds at most, and returns whether the end has come.
     """
     sampled = time.monotonic()
     while not wait_for_end(every):
-        sampler.sample()
+        monitor.sample()
         sampled = time.monotonic()
     if time.monotonic() - sampled >= SHORTEST:
-        sampler.sample()
-    sampler.close()
+        monitor.sample()
+    monitor.close()
 
 
 def node_readings(run_folder: Path) -> dict[str, Reading]:
-    """All but the GPUs, by what is read; names are MLflow's own where it has the same."""
+    """Return all readings but those of the GPUs, by what is read. Names are MLflow's own where it has the same."""
+    disk = ("disk_read_mib_per_second", "disk_write_mib_per_second")
+    network = ("network_receive_mib_per_second", "network_transmit_mib_per_second")
     return {
-        "the use of the CPU": read_cpu,
+        # of all cores, since the reading before
+        "the use of the CPU": lambda: {"cpu_utilization_percentage": psutil.cpu_percent()},
         "the use of the memory": read_memory,
-        "the space on the disk": partial(read_disk_space, run_folder),
-        "disk traffic": Rates(count_disk_bytes, ("disk_read_mib_per_second", "disk_write_mib_per_second")),
-        "network traffic": Rates(
-            count_network_bytes, ("network_receive_mib_per_second", "network_transmit_mib_per_second")
-        ),
+        "the space on the disk": lambda: {"disk_usage_percentage": psutil.disk_usage(str(run_folder)).percent},
+        "disk traffic": Rates(count_disk_bytes, disk),
+        "network traffic": Rates(count_network_bytes, network),
     }
 
 
-def read_cpu() -> Values:
-    """Of all cores, since the call before."""
-    return {"cpu_utilization_percentage": psutil.cpu_percent()}
-
-
 def read_memory() -> Values:
-    """What programs could not get; caches, which they could, are not in use."""
+    """Return how much memory programs cannot get. Caches, which they could get, do not count."""
     memory = psutil.virtual_memory()
-    used = memory.total - memory.available
-    return {"memory_usage_mib": used / MIB, "memory_usage_percentage": 100 * used / memory.total}
+    return memory_usage(memory.total - memory.available, memory.total)
 
 
-def read_disk_space(folder: Path) -> Values:
-    """Of the filesystem that holds `folder`."""
-    return {"disk_usage_percentage": psutil.disk_usage(str(folder)).percent}
+def memory_usage(used: int, total: int) -> Values:
+    return {"memory_usage_mib": used / MIB, "memory_usage_percentage": 100 * used / total}
 
 
 class Rates:
@@ -160,7 +145,7 @@ class Rates:
     def __call__(self) -> Values:
         before, before_at = self._counted, self._at
         self._counted, self._at = self._count_bytes(), time.monotonic()
-        devices = self._counted.keys() & before.keys()  # one that came in between brings all it ever counted
+        devices = self._counted.keys() & before.keys()  # a new one brings all that it ever counted
         if not devices:
             return {}
         moved = [sum(self._counted[device][i] - before[device][i] for device in devices) for i in (0, 1)]
@@ -169,15 +154,15 @@ class Rates:
 
 
 def count_disk_bytes() -> dict[str, tuple[int, int]]:
-    """Bytes read and written so far, by disk. Their partitions and volumes would count the same bytes again."""
+    """Return bytes read and written so far, by disk. Partitions and volumes would count the same bytes again."""
     counters = psutil.disk_io_counters(perdisk=True)
     return {name: (c.read_bytes, c.write_bytes) for name, c in counters.items() if is_hardware("/sys/block", name)}
 
 
 def count_network_bytes() -> dict[str, tuple[int, int]]:
-    """Bytes received and sent so far, by network card; in a container, which has none, by virtual one.
+    """Return bytes received and sent so far, by network card; in a container, which has none, by virtual one.
 
-    What ranks of one node send each other over the loopback is none of it, and what a card moves by RDMA is not known.
+    Traffic between ranks of one node over the loopback does not count, and what a card moves by RDMA is not known.
     """
     counters = psutil.net_io_counters(pernic=True)
     cards = [name for name in counters if is_hardware("/sys/class/net", name)]
@@ -186,60 +171,47 @@ def count_network_bytes() -> dict[str, tuple[int, int]]:
 
 
 def is_hardware(folder: str, name: str) -> bool:
-    """Whether Linux has a device behind one of the names in this folder of its."""
+    """Return whether /sys lists a physical device for `name`."""
     return Path(folder, name.replace("/", "!"), "device").exists()
 
 
-def gpu_readings() -> dict[str, Reading]:
-    """One for each quantity of each GPU, so that one that fails costs no other. Without GPU or NVML there are none.
+def read_gpu_memory(nvml: Any, gpu: Any) -> Values:
+    memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
+    return memory_usage(memory.used, memory.total)
 
-    All GPUs of the node, numbered as nvidia-smi does, whichever of them the training has.
+
+GPU_QUERIES: dict[str, Callable[[Any, Any], Values]] = {
+    # the share of time in which any kernel ran, however much of the GPU it used
+    "utilization": lambda nvml, gpu: {"utilization_percentage": nvml.nvmlDeviceGetUtilizationRates(gpu).gpu},
+    "memory": read_gpu_memory,
+    "power": lambda nvml, gpu: {"power_usage_watts": nvml.nvmlDeviceGetPowerUsage(gpu) / 1000},
+    # of the sensor NVML_TEMPERATURE_GPU
+    "temperature": lambda nvml, gpu: {"temperature_celsius": nvml.nvmlDeviceGetTemperature(gpu, 0)},
+}
+
+
+def gpu_readings() -> dict[str, Reading]:
+    """Return a reading for each quantity of each GPU of the node, so that one that fails costs no other.
+
+    Numbered as nvidia-smi does, whichever of them the training has. None without GPU or NVML.
     """
     try:
-        import pynvml
+        import pynvml as nvml
 
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
+        nvml.nvmlInit()
+        count = nvml.nvmlDeviceGetCount()
     except Exception as error:  # not installed, no driver, no GPU, or one that has failed
         logger.info("no GPU metrics, which need nvidia-ml-py and a GPU: %s: %s", type(error).__name__, error)
         return {}
-    queries = {
-        "utilization": read_gpu_utilization,
-        "memory": read_gpu_memory,
-        "power": read_gpu_power,
-        "temperature": read_gpu_temperature,
-    }
-    return {f"{what} of GPU {i}": partial(query, pynvml, i) for i in range(count) for what, query in queries.items()}
 
+    def read(index: int, query: Callable[[Any, Any], Values]) -> Values:
+        values = query(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
+        return {f"gpu_{index}_{name}": value for name, value in values.items()}
 
-def read_gpu_utilization(nvml: Any, index: int) -> Values:
-    """The share of time in which any kernel ran, which says nothing of how much of the GPU it used."""
-    gpu = nvml.nvmlDeviceGetHandleByIndex(index)
-    return {f"gpu_{index}_utilization_percentage": nvml.nvmlDeviceGetUtilizationRates(gpu).gpu}
-
-
-def read_gpu_memory(nvml: Any, index: int) -> Values:
-    memory = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index))
-    return {
-        f"gpu_{index}_memory_usage_mib": memory.used / MIB,
-        f"gpu_{index}_memory_usage_percentage": 100 * memory.used / memory.total,
-    }
-
-
-def read_gpu_power(nvml: Any, index: int) -> Values:
-    milliwatts = nvml.nvmlDeviceGetPowerUsage(nvml.nvmlDeviceGetHandleByIndex(index))
-    return {f"gpu_{index}_power_usage_watts": milliwatts / 1000}
-
-
-def read_gpu_temperature(nvml: Any, index: int) -> Values:
-    gpu = nvml.nvmlDeviceGetHandleByIndex(index)
-    return {f"gpu_{index}_temperature_celsius": nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU)}
-
-
-HOST_LENGTH = 64
-"""Longest host name on Linux."""
+    gpus = range(count)
+    return {f"{what} of GPU {i}": partial(read, i, query) for i in gpus for what, query in GPU_QUERIES.items()}
 
 
 def host_name() -> str:
-    """Of this node, as it can stand in a metric name and in a file name."""
-    return clean_name(socket.gethostname().replace("/", "_"), HOST_LENGTH)
+    """Return the name of this node as it can stand in a metric name and in a file name."""
+    return clean_name(socket.gethostname().replace("/", "_"), limit=64)  # the longest on Linux

@@ -8,31 +8,44 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.credentials import without_credentials
+from pipeline.base.files import read_json, write_atomically
 from pipeline.run.folder import RunFolder
+
+EARLIER_NAMES = {"shown": "mlflow_state", "described": "described_state", "killed": "killed_attempt"}
 
 
 class Progress:
-    """Of one folder and one store. Lost or damaged it is empty, and all is published again, which changes nothing."""
+    """Progress of one folder in one store. If the file is lost, all is published again, which changes nothing."""
 
     def __init__(self, folder: RunFolder, uri: str):
         self._folder = folder
         self._path = folder.path / "published.json"
         self.store_uri = without_credentials(uri)
-        self._values: dict[str, Any] = self._read().get(self.store_uri, {})
+        values = read_json(self._path).get(self.store_uri, {})
+        self._values: dict[str, Any] = {EARLIER_NAMES.get(key, key): value for key, value in values.items()}
 
     def get(self, key: str) -> Any:
-        """None if unknown.
+        """Return a value, or None if it is unknown.
 
         mlflow_run_id, mlflow_experiment_id, model_id and model_outcome (what the registry made of it); state: of the
-        last status record; shown: the state that MLflow shows; described: the state its description and curves are of;
-        killed: number of the last attempt that was found dead.
+        last status record that is published; mlflow_state: that the MLflow run has; described_state: for which its
+        description and curves were made; killed_attempt: number of the last attempt that was found dead.
         """
         return self._values.get(key)
 
-    def offset(self, path: Path) -> int:
-        """In bytes: what stands before it is published, but for `files_left`.
+    def update(self, **changes: Any) -> None:
+        """Change values. Entries of other stores stay."""
+        self._values |= changes
+        known = read_json(self._path) | {self.store_uri: self._values}
+        write_atomically(self._path, json.dumps(known, indent=1) + "\n")
 
-        0 if it cannot be: a machine that failed can have taken the end of `path` with it.
+    def forget(self) -> None:
+        self._values = {}
+
+    def offset(self, path: Path) -> int:
+        """Return the number of bytes of `path` that are published, but for `files_left`.
+
+        0 if it cannot be right: a machine that failed can have taken the end of `path` with it.
         """
         offset = int(self._values.get("offsets", {}).get(self._name(path), 0))
         if offset == 0:
@@ -41,42 +54,31 @@ class Progress:
             file.seek(offset - 1)
             return offset if file.read(1) == b"\n" else 0
 
+    def advance(self, path: Path, offset: int, with_file: int | None = None) -> None:
+        """Store that all before `offset` is published; of the record at `with_file` all but its file."""
+        left, file = self._values.get("files_left", []), [self._name(path), with_file]
+        if with_file is not None and file not in left:
+            left = [*left, file]
+        self.update(offsets=self._values.get("offsets", {}) | {self._name(path): offset}, files_left=left)
+
     @property
     def files_left(self) -> list[tuple[Path, int]]:
         """File and offset of the records whose files are not published yet."""
         return [(self._folder.path / name, offset) for name, offset in self._values.get("files_left", [])]
 
-    def advance(self, path: Path, offset: int, with_file: int | None = None) -> None:
-        """All before `offset` is published; the record at `with_file` is not, but for its file."""
-        left = self._values.get("files_left", [])
-        if with_file is not None and [self._name(path), with_file] not in left:
-            left = [*left, [self._name(path), with_file]]
-        self.store(offsets=self._values.get("offsets", {}) | {self._name(path): offset}, files_left=left)
-
     def file_is_published(self, path: Path, offset: int) -> None:
         left = self._values.get("files_left", [])
-        self.store(files_left=[each for each in left if each != [self._name(path), offset]])
-
-    def store(self, **changes: Any) -> None:
-        """Atomically; entries of other stores stay."""
-        self._values |= changes
-        known = self._read() | {self.store_uri: self._values}
-        temporary = self._path.with_name(".writing-published.json")
-        temporary.write_text(json.dumps(known, indent=1) + "\n")
-        temporary.replace(self._path)
-
-    def forget(self) -> None:
-        self._values = {}
+        self.update(files_left=[each for each in left if each != [self._name(path), offset]])
 
     def paths(self) -> Iterator[Path]:
-        """All that is published record by record: the journal, and what was sampled on each node."""
+        """Yield the files that are published record by record: the journal, and the system metrics of each node."""
         yield self._folder.journal
         yield from sorted((self._folder.path / "system").glob("*.jsonl"))
 
     def is_complete(self) -> bool:
-        """Whether all complete records are published, and the run is shown as ended."""
-        ended = self.get("shown") not in (None, "running") and not self.files_left
-        return ended and not any(self._has_more(path) for path in self.paths())
+        """Return whether all complete records are published, and the MLflow run has ended."""
+        has_ended = self.get("mlflow_state") not in (None, "running")
+        return has_ended and not self.files_left and not any(map(self._has_more, self.paths()))
 
     def _has_more(self, path: Path) -> bool:
         with path.open("rb") as file:
@@ -85,10 +87,3 @@ class Progress:
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self._folder.path))
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            known: dict[str, Any] = json.loads(self._path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return {}
-        return known

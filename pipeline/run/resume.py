@@ -8,45 +8,31 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import FIELDS, Config
+from pipeline.config import FIELDS, Config, may_change
+from pipeline.config.arguments import load_plain
+from pipeline.config.schema import FORMAT, field_of
 from pipeline.run.folder import RunError, RunFolder
 
-# A run is these: under other values its checkpoints and curves would be of something else.
-IDENTITY = (
-    "run.seed",
-    "data.dataset",
-    "data.image_size",
-    "data.mean",
-    "data.std",
-    "data.global_batch_size",
-    "data.synthetic_train_size",
-    "data.synthetic_eval_size",
-    "data.synthetic_channels",
-    "data.synthetic_classes",
-    "model.name",
-    "model.dropout",
-    "model.dropout2d",
-    "loss",
-    "optim.name",
-    "train.reproducible",
-    "checkpoint.metric",
-)
-IDENTITY_IF_REPRODUCIBLE = ("train.virtual_shards", "train.threads")
-"""Which change the last bits."""
+
+def check_format(folder: RunFolder) -> None:
+    """Raise RunError if another version of Convoy, whose keys or files differ, began the run in the folder."""
+    version = _read_config(folder).get("format", 1) if folder.config.exists() else FORMAT
+    if version != FORMAT:
+        other = "a later" if isinstance(version, int) and version > FORMAT else "an earlier"
+        raise RunError(
+            f"run {folder.name} was begun by {other} version of Convoy (format {version}), this one writes format "
+            f"{FORMAT}: finish it with that version, or choose another run.name"
+        )
 
 
 def check_resumable(
-    folder: RunFolder,
-    config: Config,
-    *,
-    has_checkpoint: bool,
-    launch_id: str | None = None,
-    is_requeued: bool = False,
+    folder: RunFolder, config: Config, *, has_checkpoint: bool, launch_id: str | None = None, is_requeued: bool = False
 ) -> None:
-    """Raises RunError if `run.resume` or the folder's own config forbids going on in it.
+    """Raise RunError if the folder's format, `run.resume` or the folder's own config forbids going on in it.
 
     What the same launch began before an elastic restart may always go on, and so may a job that Slurm starts again.
     """
+    check_format(folder)
     resume = config.run.resume
     if resume == "must" and not has_checkpoint:
         raise RunError(
@@ -60,10 +46,7 @@ def check_resumable(
             f"run.resume = never: {folder.path} holds a run already; choose another run.name, or set run.resume=auto "
             "to continue it"
         )
-    changed = [
-        f"{key} was {before}, is {now}" for key, before, now in changes(folder, config) if key in identity(config)
-    ]
-    if changed:
+    if changed := _forbidden(changes(folder, config), config):
         raise RunError(
             f"run {folder.name} is another training: {'; '.join(changed)}. Choose another run.name, or go back to the "
             f"values of {folder.config}"
@@ -71,30 +54,24 @@ def check_resumable(
 
 
 def _is_same_launch(known: str | None, launch_id: str | None, is_requeued: bool) -> bool:
-    """Of the launches of one job, <job>-<number>, each has an id of its own."""
+    """Return whether two ids are of one launch, or of launches of one requeued job: <job>-<number>."""
     if known is None or launch_id is None:
         return False
     return known == launch_id or (is_requeued and known.rpartition("-")[0] == launch_id.rpartition("-")[0])
 
 
 def is_finished(status: Mapping[str, Any], config: Config) -> bool:
-    """Whether nothing is left to train."""
+    """Return whether nothing is left to train."""
     return bool(status.get("state") == "finished" and status.get("epoch", 0) >= config.train.epochs)
-
-
-def identity(config: Config) -> tuple[str, ...]:
-    return IDENTITY + (IDENTITY_IF_REPRODUCIBLE if config.train.reproducible else ())
 
 
 def check_same_training(
     folder: RunFolder, config: Config, saved: Mapping[str, Any], saved_digest: str, digest: str
 ) -> None:
-    """Raises RunError if a checkpoint, with its config and digest of its dataset, is of another training than this."""
-    now = json.loads(json.dumps({key: config.get(key) for key in identity(config)}))  # as it was saved
-    known = [key for key in now if key in saved]
-    changed = [f"{key} was {saved[key]}, is {now[key]}" for key in known if saved[key] != now[key]]
+    """Raise RunError if a checkpoint, with its config and digest of its dataset, is of another training than this."""
+    changed = _forbidden(_differences(saved, config), config)
     if digest != saved_digest:
-        changed.append(f"{config.data.dataset} has other images or labels (digest {saved_digest}, now {digest})")
+        changed += [f"{config.data.dataset} has other images or labels (digest {saved_digest}, now {digest})"]
     if changed:
         raise RunError(
             f"the checkpoints in {folder.checkpoints} are of another training: {'; '.join(changed)}. Choose another "
@@ -103,19 +80,45 @@ def check_same_training(
 
 
 def changes(folder: RunFolder, config: Config) -> list[tuple[str, Any, Any]]:
-    """(key, value before, value now) of all that differs from the config the folder was last run with."""
+    """Return (key, value before, value now) of all that differs from the config the folder was last run with."""
     if not folder.config.exists():  # killed at its very beginning
         return []
+    known = {name: _known(name, section) for name, section in _read_config(folder).items() if name != "format"}
+    try:
+        return _differences(Config.model_validate(known).flat(), config)
+    except ValueError as error:
+        raise _damaged(folder, error) from error
+
+
+def _differences(saved: Mapping[str, Any], config: Config) -> list[tuple[str, Any, Any]]:
+    """Return (key, value before, value now) of what differs from a flat config that may lack keys of this version."""
+    before, now = (json.loads(json.dumps(flat)) for flat in (saved, config.flat()))
+    keys = [key for key in {**now, **before} if field_of(key) and (key in before or key not in FIELDS)]
+    pairs = [(key, before.get(key, "not set"), now.get(key, "not set")) for key in keys]
+    return [(key, old, new) for key, old, new in pairs if load_plain(old) != load_plain(new)]  # 0.10 is 0.1
+
+
+def _forbidden(differences: list[tuple[str, Any, Any]], config: Config) -> list[str]:
+    """Return the differences in keys that a resumed run may not change, in words."""
+    reproducible = config.train.reproducible
+    fixed = [change for change in differences if not may_change(change[0], reproducible=reproducible)]
+    return [f"{key} was {before}, is {now}" for key, before, now in fixed]
+
+
+def _read_config(folder: RunFolder) -> dict[str, Any]:
     try:
         content = yaml.safe_load(folder.config.read_text())
-        saved = Config.model_validate({name: _known(name, section) for name, section in content.items()})
-    except (ValueError, AttributeError, yaml.YAMLError) as error:
-        raise RunError(
-            f"{folder.config} is not a config of this version, mend it or choose another run.name: {error}"
-        ) from error
-    return [(key, saved.get(key), value) for key, value in config.flat().items() if saved.get(key) != value]
+    except (ValueError, yaml.YAMLError) as error:
+        raise _damaged(folder, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(folder, "it holds no sections")
+    return content
+
+
+def _damaged(folder: RunFolder, reason: object) -> RunError:
+    return RunError(f"{folder.config} is not a config of this version, mend it or choose another run.name: {reason}")
 
 
 def _known(name: str, section: Any) -> Any:
-    """A section without the keys of other versions."""
+    """Return a section without the keys of other versions."""
     return {k: v for k, v in section.items() if f"{name}.{k}" in FIELDS} if isinstance(section, dict) else section

@@ -2,73 +2,64 @@
 
 from __future__ import annotations
 
-import hashlib
+import re
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from pipeline.run.folder import RunFolder
-from pipeline.run.journal import iterate
+from pipeline.run.journal import metric_records
+from pipeline.run.records import MetricRecord, ModelRecord
+from pipeline.tracking.store import MlflowRun
 
-Record = dict[str, Any]
+if TYPE_CHECKING:
+    from pipeline.models.catalog import ModelSpec
+
 WEIGHTS_TAG = "convoy.weights"
 CHAMPION = "champion"
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def log_model(folder: RunFolder, client: MlflowClient, uri: str, run_id: str, record: Record, model: Any) -> str:
-    """Log the network once as an MLflow model in the pt2 format, which holds no pickle; the id of the logged model.
+def log_model(run: MlflowRun, record: ModelRecord, spec: ModelSpec, model: Any) -> str:
+    """Log the model once as an MLflow model in the pt2 format; return the id of the logged model.
 
     `model` is on the CPU, in eval mode, and takes float32 pixels in 0..255, normalising them itself, so that it
     answers as the training evaluated.
     """
-    run = client.get_run(run_id)
-    logged = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'")
-    mine = [m for m in logged if m.tags.get(WEIGHTS_TAG) == record["sha256"]]
-    ready = [m for m in mine if m.status.name == "READY"]
-    if ready:
-        return str(ready[0].model_id)
-    for interrupted in mine:
-        client.delete_logged_model(interrupted.model_id)
-    entry = client.create_logged_model(
-        run.info.experiment_id,
-        record["name"],
-        run_id,
-        {WEIGHTS_TAG: record["sha256"], "run": folder.name},
-        run.data.params,
-    )
-    _log_pt2(uri, run_id, entry.model_id, record, model)
+    client, info = run.client, run.client.get_run(run.id)
+    experiment_id = info.info.experiment_id
+    for logged in client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run.id}'"):
+        if logged.tags.get(WEIGHTS_TAG) == record["sha256"]:
+            if logged.status.name == "READY":
+                return str(logged.model_id)
+            client.delete_logged_model(logged.model_id)  # its upload was interrupted
+    name = re.sub(r"[/:.%\"']", "-", spec.name)  # what MLflow refuses
+    tags = {WEIGHTS_TAG: record["sha256"], "run": run.folder.name}
+    entry = client.create_logged_model(experiment_id, name, run.id, tags, info.data.params)
+    _log_pt2(run, entry.model_id, spec, model)
     return str(entry.model_id)
 
 
-def _log_pt2(uri: str, run_id: str, model_id: str, record: Record, model: Any) -> None:
-    """The entry is made before, and no run is made active, which would say that it is running."""
-    import mlflow.pytorch  # torch comes with it: 3 s that a run without a model to log need not wait for
+def _log_pt2(run: MlflowRun, model_id: str, spec: ModelSpec, model: Any) -> None:
+    """Upload the model. The entry is made before, and no run is made active, which would say that it is running."""
+    import mlflow.pytorch  # imports torch: 3 s that a run without a model need not wait for
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    shape = (record["channels"], record["image_size"], record["image_size"])
+    shape = (spec.channels, spec.image_size, spec.image_size)
     pixels = np.dtype(np.float32)
-    mlflow.set_tracking_uri(uri)
+    mlflow.set_tracking_uri(run.uri)
     mlflow.pytorch.log_model(
         model,
-        run_id=run_id,
+        run_id=run.id,
         model_id=model_id,
         # two images, because export takes a batch of one for a constant
         input_example=np.zeros((2, *shape), np.float32),
         signature=ModelSignature(
             inputs=Schema([TensorSpec(pixels, (-1, *shape))]),
-            outputs=Schema([TensorSpec(pixels, (-1, record["num_classes"]))]),
+            outputs=Schema([TensorSpec(pixels, (-1, spec.num_classes))]),
         ),
         # stated, because finding them out starts pip, which a node without a network cannot do
         pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "mlflow", "numpy")],
@@ -76,28 +67,26 @@ def _log_pt2(uri: str, run_id: str, model_id: str, record: Record, model: Any) -
     )
 
 
-def tie_to_metrics(folder: RunFolder, client: MlflowClient, run_id: str, record: Record, model_id: str) -> None:
-    """Show the evaluation that the weights of a `model` record had as metrics of the logged model."""
-    points = _evaluation_of(folder, record)
+def tie_to_metrics(run: MlflowRun, record: ModelRecord, model_id: str) -> None:
+    """Show the evaluation that the weights had as metrics of the logged model."""
     data = {"dataset_name": record["dataset"], "dataset_digest": record["dataset_digest"]}
-    metrics = [Metric(r["key"], r["value"], r["timestamp_ms"], r["step"], model_id, **data) for r in points]
-    if metrics:
-        client.log_batch(run_id, metrics=metrics)
+    if points := _evaluation_of(run, record):
+        metrics = [Metric(p["key"], p["value"], p["timestamp_ms"], p["step"], model_id, **data) for p in points]
+        run.client.log_batch(run.id, metrics=metrics)
 
 
-def _evaluation_of(folder: RunFolder, record: Record) -> list[Record]:
-    """The points of the evaluation at the step of a `model` record."""
-    points = (r for r, _ in iterate(folder.journal, keys=("eval/accuracy", "eval/loss")))
-    return [r for r in points if r["step"] == record["step"]]
+def _evaluation_of(run: MlflowRun, record: ModelRecord) -> list[MetricRecord]:
+    """Return the points of the evaluation at the step of the weights."""
+    points = metric_records(run.folder.journal, "eval/accuracy", "eval/loss")
+    return [point for point in points if point["step"] == record["step"]]
 
 
-def register(folder: RunFolder, client: MlflowClient, run_id: str, record: Record, model_id: str) -> str:
-    """Register the logged model once, as `record["register"]`; what happened, as a line for people.
+def register(run: MlflowRun, record: ModelRecord, model_id: str, name: str) -> str:
+    """Register the logged model once under `name`; return what happened, as a line for people.
 
     The alias `champion` moves to it only if it is better than the present one by the same metric of the same data.
     """
-    name, metric = record["register"], record["metric"]
-    value = next((r["value"] for r in _evaluation_of(folder, record) if r["key"] == metric), None)
+    client, metric = run.client, record["metric"]
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -106,57 +95,32 @@ def register(folder: RunFolder, client: MlflowClient, run_id: str, record: Recor
     versions = client.search_model_versions(f"name = '{name}'")
     mine = next((v.version for v in versions if v.tags.get(WEIGHTS_TAG) == record["sha256"]), None)
     if mine is None:
-        tags = {
-            WEIGHTS_TAG: record["sha256"],
-            "metric": metric,
-            "value": repr(value),
-            "dataset": record["dataset"],
-            "dataset_digest": record["dataset_digest"],
-            "run": folder.name,
-        }
-        mine = client.create_model_version(
-            name, f"models:/{model_id}", run_id, {k: v for k, v in tags.items() if v is not None}, model_id=model_id
-        ).version
+        value = next((point["value"] for point in _evaluation_of(run, record) if point["key"] == metric), None)
+        about = {"dataset": record["dataset"], "dataset_digest": record["dataset_digest"], "run": run.folder.name}
+        tags = {WEIGHTS_TAG: record["sha256"], "metric": metric, "value": repr(value), **about}
+        mine = client.create_model_version(name, f"models:/{model_id}", run.id, tags, model_id=model_id).version
     return f"registered as {name} version {mine}: {_challenge(client, name, str(mine))}"
 
 
 def _challenge(client: MlflowClient, name: str, version: str) -> str:
-    """Make `version` the champion if it is to be; what was decided."""
-    mine, champion = client.get_model_version(name, version), _find_champion(client, name)
-    if champion is not None and champion.version == mine.version:
-        return "it is the champion"
+    """Make `version` the champion if it is to be; return what was decided."""
+    mine, present = client.get_model_version(name, version), client.get_registered_model(name).aliases.get(CHAMPION)
+    metric = mine.tags["metric"]
+    if str(present) == version:
+        return f"it is the {CHAMPION}"
     if mine.tags["value"] == "None":
-        return f"{CHAMPION} stays: its {mine.tags['metric']} is not finite"
-    if champion is None:
-        client.set_registered_model_alias(name, CHAMPION, version)
-        return f"it is the first {CHAMPION}"
-    for key in ("metric", "dataset_digest"):
-        if champion.tags.get(key) != mine.tags[key]:
-            return (
-                f"{CHAMPION} stays version {champion.version}: it cannot be compared, its {key} is "
-                f"{champion.tags.get(key)}, and that of version {version} is {mine.tags[key]}"
-            )
-    values = f"{mine.tags['metric']} {_value(mine):.6g} against {_value(champion):.6g} of version {champion.version}"
-    if not _beats(mine, champion):
-        return f"{CHAMPION} stays version {champion.version}: {values}"
+        return f"{CHAMPION} stays: its {metric} is not finite"
+    outcome = f"it is the first {CHAMPION}"
+    if present is not None:
+        champion, stays = client.get_model_version(name, str(present)), f"{CHAMPION} stays version {present}"
+        for key in ("metric", "dataset_digest"):
+            if (theirs := champion.tags.get(key)) != mine.tags[key]:
+                return f"{stays}: it cannot be compared, its {key} is {theirs}, not {mine.tags[key]}"
+        value, other = float(mine.tags["value"]), float(champion.tags["value"])
+        values = f"{metric} {value:.6g} against {other:.6g} of version {present}"
+        is_better = value < other if metric.endswith("loss") else value > other
+        if not is_better:
+            return f"{stays}: {values}"
+        outcome = f"it is the new {CHAMPION}: {values}"
     client.set_registered_model_alias(name, CHAMPION, version)
-    return f"it is the new {CHAMPION}: {values}"
-
-
-def _value(version: Any) -> float:
-    return float(version.tags["value"])
-
-
-def _beats(version: Any, other: Any) -> bool:
-    lower_is_better = version.tags["metric"].endswith("loss")
-    return _value(version) < _value(other) if lower_is_better else _value(version) > _value(other)
-
-
-def _find_champion(client: MlflowClient, name: str) -> Any:
-    try:
-        return client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException as error:
-        # "not found" under several codes, by kind of store
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
+    return outcome

@@ -1,8 +1,8 @@
 """From the journal to MLflow: an MLflow run is a view of a run folder, and can be made again from it.
 
 Publishing the same records twice changes nothing (points and tags have their own identity in MLflow, files are
-overwritten, the run is found by a tag of ours), so the offset in the journal is stored after the server has
-acknowledged what stands before it, and a crash in between costs a repetition.
+overwritten, the run is found by a tag of ours). So the offset in the journal is stored once the server has acknowledged
+what stands before it, and a crash in between costs a repetition.
 """
 
 from __future__ import annotations
@@ -16,22 +16,19 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from pipeline.base.credentials import without_credentials
 from pipeline.run.folder import RunFolder
-from pipeline.run.journal import KILLED, iterate, last_moment
+from pipeline.run.journal import KILLED, iterate, last_moment, run_record
 from pipeline.run.published import Progress
-from pipeline.tracking import sweep_run as parents
-from pipeline.tracking.store import find_or_create_run, is_refusal, open_store, run_exists
-from pipeline.tracking.uploads import TAG_LENGTH, LoadModel, Uploads
-
-Record = dict[str, Any]
+from pipeline.run.records import Record, State
+from pipeline.tracking.store import MlflowRun, find_or_create_run, open_store, run_exists, set_status, update_sweep
+from pipeline.tracking.uploads import KINDS_WITH_FILES, TAG_LENGTH, describe, upload
 
 METRICS_PER_REQUEST = 1000
-PARAMS_PER_REQUEST = 100
+VALUES_PER_REQUEST = 100
 PARAM_LENGTH = 6000
 REASON_LENGTH = 500
 MLFLOW_STATUS = {"running": "RUNNING", "finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
@@ -41,203 +38,89 @@ logger = logging.getLogger("convoy")
 class Publisher:
     """Publishes one run folder to one MLflow store. Methods raise whatever MLflow raises; nothing is lost by that."""
 
-    def __init__(self, folder: RunFolder, uri: str, load_model: LoadModel):
+    def __init__(self, folder: RunFolder, uri: str):
         self._folder = folder
         self._uri = uri
-        self._client: MlflowClient | None = None
         self._progress = Progress(folder, uri)
+        self._run: MlflowRun | None = None
         self.counts: Counter[str] = Counter()
-        """What was published from here, by kind: points, params, tags, files, models."""
-        self._uploads = Uploads(folder, uri, self._progress, load_model, self.counts)
 
-    @property
-    def state(self) -> str | None:
-        """The state of the run by the last status record that was published."""
-        state: str | None = self._progress.get("state")
-        return state
-
-    def drain(self, is_training_alive: Callable[[], bool] = lambda: True) -> None:
-        """Publish what journal and samples hold beyond the stored offsets.
+    def drain(self, is_training_alive: Callable[[], bool] = lambda: True) -> State | None:
+        """Publish all records beyond the stored offsets; return the state of the run by the last status among them.
 
         A run that the journal says is running, but whose training is dead, is marked as failed, and that first of all.
         Files come last, so that where only they cannot be stored, all else is there.
         """
         try:
-            client = self._connect()
-            self._drain_records(client, is_training_alive)
-            self._drain_files(client)
-            if self._progress.get("shown") != self._progress.get("described"):
-                self._uploads.describe(client, self._progress.get("shown"))
+            run = self._run = self._run or self._connect()
+            self._drain_records(run, is_training_alive)
+            self._drain_files(run)
+            if self._progress.get("mlflow_state") != self._progress.get("described_state"):
+                describe(run)
+            state: State | None = self._progress.get("state")
+            return state
         except Exception:
-            self._client = None  # to be connected anew, which finds a run that was deleted meanwhile
+            self._run = None  # to be connected anew, which finds a run that was deleted meanwhile
             raise
 
-    def _drain_records(self, client: MlflowClient, is_training_alive: Callable[[], bool]) -> None:
+    def _drain_records(self, run: MlflowRun, is_training_alive: Callable[[], bool]) -> None:
         found_dead = False
         for path in self._progress.paths():
-            end = force_to_disk(path)
+            end = _force_to_disk(path)
             start = self._progress.offset(path)
-            for batch, offset, behind in batches(iterate(path, start, end), start):
-                if not found_dead and not is_training_alive():
-                    found_dead = self._show_death(client, is_training_alive)
-                if not (found_dead and batch[0]["kind"] == "status"):  # what is shown is newer
-                    self._publish_accepted(client, batch)
-                self._progress.advance(path, behind, offset if batch[0]["kind"] in Uploads.KINDS else None)
-        if not found_dead and not is_training_alive():
-            self._show_death(client, is_training_alive)
+            for batch, offset, behind in _make_batches(iterate(path, start, end), start):
+                kind = batch[0]["kind"]
+                found_dead = found_dead or self._show_death(run, is_training_alive)
+                if not (found_dead and kind == "status"):  # what is shown is newer
+                    _send(run, batch)
+                self._progress.advance(path, behind, offset if kind in KINDS_WITH_FILES else None)
+        if not found_dead:
+            self._show_death(run, is_training_alive)
 
-    def _drain_files(self, client: MlflowClient) -> None:
+    def _drain_files(self, run: MlflowRun) -> None:
         for path, offset in self._progress.files_left:
             record, _ = next(iterate(path, offset))
             try:
-                self._uploads.publish(client, record)
+                upload(run, record)
             except MlflowException as error:
-                self._pass_over(client, record, error)
+                _pass_over(run, f"the {record['kind']} {record.get('path', '')}".strip(), error)
             self._progress.file_is_published(path, offset)
 
-    def _publish_accepted(self, client: MlflowClient, records: list[Record]) -> None:
-        """What the server refuses is named and left out. It would take its whole request along, so halves go apart."""
-        try:
-            self._publish(client, records)
-        except MlflowException as error:
-            parts = halves(records)
-            if not parts or not is_refusal(error):
-                self._pass_over(client, records[0], error)
-            for part in parts:
-                self._publish_accepted(client, part)
+    def _connect(self) -> MlflowRun:
+        record, progress, client = run_record(self._folder.journal), self._progress, open_store(self._uri)
+        assert record is not None, "what is published has begun"
+        run_id, experiment_id = progress.get("mlflow_run_id"), progress.get("mlflow_experiment_id")
+        is_known = bool(run_id) and run_exists(client, run_id)
+        if not is_known:
+            if run_id:
+                logger.warning("run %s is not in %s any more: publishing all again", run_id, progress.store_uri)
+                progress.forget()
+            name = f"{record['sweep']['name']}/{record['name']}" if "sweep" in record else record["name"]
+            run_id, experiment_id = find_or_create_run(client, self._uri, record["experiment"], name, record)
+        run = MlflowRun(self._folder, record, client, self._uri, run_id, progress, self.counts)
+        if not is_known:
+            update_sweep(run)
+            progress.update(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
+        if self._folder.status().get("tracking_uri", progress.store_uri) == progress.store_uri:  # not copied elsewhere
+            self._folder.update_status(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
+        return run
 
-    def _pass_over(self, client: MlflowClient, record: Record, error: MlflowException) -> None:
-        """Raises `error` again if it is no refusal of this record: an outage, or a run that is gone or deleted."""
-        if not is_refusal(error) or not run_exists(client, self._run_id):
-            raise error
-        logger.warning("the server refuses %s: %s", _name(record), without_credentials(str(error)))
-
-    def _publish(self, client: MlflowClient, records: list[Record]) -> None:
-        """Records that `batches` has put together."""
-        record = records[0]
-        match record["kind"]:
-            case "metric":
-                client.log_batch(self._run_id, metrics=[Metric(*_point(r)) for r in records])
-                self.counts["points"] += len(records)
-            case "params":
-                self._log_params(client, record["values"])
-            case "tags":
-                self._log_tags(client, record["values"])
-            case "dataset":
-                client.log_inputs(self._run_id, [DatasetInput(_dataset(record))])
-            case "status":
-                self._show_state(client, record["state"], record.get("timestamp_ms"))
-                self._progress.store(state=record["state"])
-
-    @property
-    def _run_id(self) -> str:
-        return str(self._progress.get("mlflow_run_id"))
-
-    def _connect(self) -> MlflowClient:
-        if self._client is None:
-            client = open_store(self._uri)
-            if self._progress.get("mlflow_run_id") and not run_exists(client, self._run_id):
-                logger.warning(
-                    "run %s is not in %s any more: publishing all again", self._run_id, self._progress.store_uri
-                )
-                self._progress.forget()
-            if not self._progress.get("mlflow_run_id"):
-                record = self._run_record()
-                is_element = "sweep" in record
-                name = f"{record['sweep']['name']}/{record['name']}" if is_element else record["name"]
-                run_id, experiment_id = find_or_create_run(client, self._uri, record | {"name": name})
-                if is_element:
-                    parents.attach(client, self._uri, self._folder, record, run_id)
-                self._progress.store(mlflow_run_id=run_id, mlflow_experiment_id=experiment_id)
-            self._name_run()
-            self._client = client
-        return self._client
-
-    def _name_run(self) -> None:
-        """In status.json, unless this is a store to which the run was only copied."""
-        status, ids = self._folder.status(), ("mlflow_run_id", "mlflow_experiment_id")
-        known = {key: self._progress.get(key) for key in ids}
-        own_store = status.get("tracking_uri", self._progress.store_uri) == self._progress.store_uri
-        if own_store and {key: status.get(key) for key in ids} != known:
-            self._folder.update_status(**known)
-
-    def _log_params(self, client: MlflowClient, values: dict[str, Any]) -> None:
-        params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in values.items()]
-        for begin in range(0, len(params), PARAMS_PER_REQUEST):
-            client.log_batch(self._run_id, params=params[begin : begin + PARAMS_PER_REQUEST])
-        self.counts["params"] += len(params)
-
-    def _log_tags(self, client: MlflowClient, values: dict[str, Any]) -> None:
-        client.log_batch(self._run_id, tags=[RunTag(key, str(value)[:TAG_LENGTH]) for key, value in values.items()])
-        self.counts["tags"] += len(values)
-
-    def _show_state(self, client: MlflowClient, state: str, end_time: int | None) -> None:
-        if state == "running":
-            client.update_run(self._run_id, status=MLFLOW_STATUS[state])
-        else:
-            client.set_terminated(self._run_id, MLFLOW_STATUS[state], end_time)
-        self._progress.store(shown=state, described=None)
-        record = self._run_record()
-        if "sweep" in record:
-            parents.show_state(client, self._uri, self._folder, record)
-
-    def _run_record(self) -> Record:
-        return next(iterate(self._folder.journal, kinds=("run",)))[0]
-
-    def _show_death(self, client: MlflowClient, is_training_alive: Callable[[], bool]) -> bool:
-        """Whether the training is gone without a last word; it ended when it recorded its last."""
-        states = [record["state"] for record, _ in iterate(self._folder.journal, kinds=("status",))]
+    def _show_death(self, run: MlflowRun, is_training_alive: Callable[[], bool]) -> bool:
+        """Show that the training has died if its last record does not say how it ended; return whether that is so."""
+        if is_training_alive():
+            return False
+        records = (record for record, _ in iterate(self._folder.journal, kinds=("status",)))
+        states = [record["state"] for record in records if record["kind"] == "status"]
         if not states or states[-1] != "running":
             return False
         number = states.count("running")
-        if self._progress.get("killed") != number:
-            client.set_tag(self._run_id, f"attempt.{number}.end", KILLED)
-            self._show_state(client, "failed", last_moment(self._folder.journal))
+        if self._progress.get("killed_attempt") != number:
+            run.client.set_tag(run.id, f"attempt.{number}.end", KILLED)
+            _show_state(run, "failed", last_moment(self._folder.journal))
             if not is_training_alive():  # else another has resumed the run meanwhile
                 self._folder.update_status(state="failed")
-            self._progress.store(killed=number)
+            self._progress.update(killed_attempt=number)
         return True
-
-
-def force_to_disk(path: Path) -> int:
-    """How many bytes of `path` a failure of the machine cannot take any more.
-
-    Else MLflow could have points of steps that are trained, and recorded, again.
-    """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        os.fdatasync(file.fileno())
-    return size
-
-
-def batches(entries: Iterable[tuple[Record, int]], start: int) -> Iterator[tuple[list[Record], int, int]]:
-    """What goes to the server in one piece: metrics together, all else by itself.
-
-    Each with the offsets of its last record and of what stands behind that; `start` is the offset of the first.
-    """
-    batch: list[Record] = []
-    begin = end = start
-    for record, offset in entries:
-        joins = batch and record["kind"] == batch[0]["kind"] == "metric" and len(batch) < METRICS_PER_REQUEST
-        if batch and not joins:
-            yield batch, begin, end
-            batch = []
-        batch.append(record)
-        begin, end = end, offset
-    if batch:
-        yield batch, begin, end
-
-
-def halves(records: list[Record]) -> list[list[Record]]:
-    """Of several records, or of the values of one; empty for what cannot be divided."""
-    if len(records) > 1:
-        middle = len(records) // 2
-        return [records[:middle], records[middle:]]
-    values = list(records[0].get("values", {}).items())
-    if len(values) < 2:
-        return []
-    middle = len(values) // 2
-    return [[records[0] | {"values": dict(part)}] for part in (values[:middle], values[middle:])]
 
 
 def follow(
@@ -258,37 +141,102 @@ def follow(
         if not alive:
             deadline = min(deadline, time.monotonic() + after_death)
         try:
-            publisher.drain(lambda: is_parent_alive() or is_being_trained())
-            pause = 0.5
-            if outage:
-                logger.info("tracking works again")
-            outage = False
-            if not alive or publisher.state not in (None, "running"):
-                return True
+            state = publisher.drain(lambda: is_parent_alive() or is_being_trained())
         except Exception as error:  # whatever it is, the run folder has everything and the training goes on
             if not outage:
                 reason = without_credentials(f"{type(error).__name__}: {error}".splitlines()[0])[:REASON_LENGTH]
                 logger.warning("tracking does not work now, will be tried again: %s", reason)
             outage, pause = True, min(pause * 2, 10.0)
+        else:
+            if outage:
+                logger.info("tracking works again")
+            if not alive or state not in (None, "running"):
+                return True
+            outage, pause = False, 0.5
         if time.monotonic() + pause > deadline:
             return False
         time.sleep(pause)
 
 
-def _point(record: Record) -> tuple[str, float, int, int]:
-    return record["key"], record["value"], record["timestamp_ms"], record["step"]
+def _force_to_disk(path: Path) -> int:
+    """Return how many bytes of `path` a failure of the machine cannot take: the steps in them are repeated."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        os.fdatasync(file.fileno())
+    return size
 
 
-def _name(record: Record) -> str:
-    """Of what a record holds, for people."""
-    match record:
-        case {"kind": "metric", "key": key, "step": step}:
-            return f"{key} at step {step}"
-        case {"kind": kind, "values": values}:
-            return f"the {kind} {', '.join(values)}"
-    return f"the {record['kind']} {record.get('path', record.get('name', ''))}".rstrip()
+def _make_batches(entries: Iterable[tuple[Record, int]], start: int) -> Iterator[tuple[list[Record], int, int]]:
+    """Yield what goes to the server in one piece: metrics together, all else by itself.
+
+    `start` is the offset of the first entry. With each batch come the offsets of its last record, and behind that.
+    """
+    batch: list[Record] = []
+    begin = end = start
+    for record, offset in entries:
+        if batch and not (record["kind"] == batch[0]["kind"] == "metric" and len(batch) < METRICS_PER_REQUEST):
+            yield batch, begin, end
+            batch = []
+        batch.append(record)
+        begin, end = end, offset
+    if batch:
+        yield batch, begin, end
 
 
-def _dataset(record: Record) -> Dataset:
-    profile = json.dumps({"num_train": record["num_train"], "num_eval": record["num_eval"]})
-    return Dataset(record["name"], record["digest"], "local", json.dumps({"uri": record["source"]}), None, profile)
+def _send(run: MlflowRun, records: list[Record]) -> None:
+    """Send what is to go in one piece; what the server refuses of it is named and left out."""
+    record = records[0]
+    try:
+        match record["kind"]:
+            case "metric":
+                points = (r for r in records if r["kind"] == "metric")
+                _log(run, "metrics", [Metric(r["key"], r["value"], r["timestamp_ms"], r["step"]) for r in points])
+            case "params" | "tags":
+                entity, length = (Param, PARAM_LENGTH) if record["kind"] == "params" else (RunTag, TAG_LENGTH)
+                values = [entity(key, str(value)[:length]) for key, value in record["values"].items()]
+                for begin in range(0, len(values), VALUES_PER_REQUEST):
+                    _log(run, record["kind"], values[begin : begin + VALUES_PER_REQUEST])
+            case "dataset":
+                profile = json.dumps({key: value for key, value in record.items() if key.startswith("num_")})
+                source = json.dumps({"uri": record["source"]})
+                dataset = Dataset(record["name"], record["digest"], "local", source, None, profile)
+                run.client.log_inputs(run.id, [DatasetInput(dataset)])
+            case "status":
+                _show_state(run, record["state"], record["timestamp_ms"])
+                run.progress.update(state=record["state"])
+    except MlflowException as error:
+        _pass_over(run, f"the {record['kind']}", error)
+
+
+def _log(run: MlflowRun, what: str, items: list[Any]) -> None:
+    """Log metrics, params or tags. One that is refused would take its whole request along, so the halves go apart."""
+    try:
+        run.client.log_batch(run.id, **{what: items})
+        run.counts["points" if what == "metrics" else what] += len(items)
+    except MlflowException as error:
+        middle = len(items) // 2
+        if middle and _is_refusal(error):
+            _log(run, what, items[:middle])
+            _log(run, what, items[middle:])
+        else:
+            key, is_point = items[0].key, what == "metrics"
+            _pass_over(run, f"{key} at step {items[0].step}" if is_point else f"the {what} {key}", error)
+
+
+def _pass_over(run: MlflowRun, what: str, error: MlflowException) -> None:
+    """Say what is refused. Raises `error` again if nothing is: an outage, or a run that is gone or deleted."""
+    if not _is_refusal(error) or not run_exists(run.client, run.id):
+        raise error
+    logger.warning("the server refuses %s: %s", what, without_credentials(str(error)))
+
+
+def _show_state(run: MlflowRun, state: State, end_ms: int | None) -> None:
+    """Give the MLflow run, and the one of its sweep, their states. `end_ms` is when the run ended, if it has."""
+    set_status(run.client, run.id, MLFLOW_STATUS[state], end_ms)
+    run.progress.update(mlflow_state=state, described_state=None)
+    update_sweep(run)
+
+
+def _is_refusal(error: MlflowException) -> bool:
+    """Return whether the server understood and said no. A database that fails, a BAD_REQUEST, may work again."""
+    return bool(error.error_code == "INVALID_PARAMETER_VALUE" or error.get_http_status_code() == 413)

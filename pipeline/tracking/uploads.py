@@ -1,122 +1,170 @@
-"""What a run has as files, from its folder to MLflow: config, figures, slides of predictions, models."""
+"""What MLflow shows of a run beside its records: files, figures, the model, and a description in Markdown."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from pipeline.base.credentials import without_credentials
-from pipeline.figures.of_run import draw_evaluation, draw_filters, draw_history, draw_samples
-from pipeline.run.folder import RunFolder
-from pipeline.run.published import Progress
-from pipeline.tracking.description import describe_run
-from pipeline.tracking.model_registry import file_digest, log_model, register, tie_to_metrics
+from pipeline.figures.of_run import draw_evaluation, draw_filters, draw_history, draw_snapshot
+from pipeline.run.journal import iterate
+from pipeline.run.records import ModelRecord, PredictionsRecord, Record
+from pipeline.tracking.model_registry import log_model, register, tie_to_metrics
+from pipeline.tracking.store import NOTE_TAG, MlflowRun
 
-Record = dict[str, Any]
-LoadModel = Callable[[Path, Record], Any]
-"""(run folder, `model` record) -> the network in eval mode, taking float32 pixels in 0..255."""
-
+KINDS_WITH_FILES = ("predictions", "evaluation", "model", "artifact", "status")
 TAG_LENGTH = 8000
+RECIPE = "data.dataset model.name loss optim.name optim.lr optim.schedule data.global_batch_size train.epochs run.seed"
 logger = logging.getLogger("convoy")
 
 
-class Uploads:
-    """Of one run. Methods raise what the server makes them raise; then they may be called again."""
+def upload(run: MlflowRun, record: Record) -> None:
+    """Upload the files that come with a record; may be repeated."""
+    match record["kind"]:
+        case "predictions":
+            _log_snapshot(run, record)
+        case "evaluation":
+            _log_figures(run, draw_evaluation, record)
+        case "model":
+            _log_model(run, record)
+        case "artifact":
+            _log_file(run, run.folder.path / record["path"], str(Path(record["path"]).parent))
+        case "status" if record["state"] == "running":  # each attempt may have other settings
+            _log_file(run, run.folder.config)
 
-    KINDS = ("predictions", "evaluation", "model", "artifact", "status")
-    """Of records that come with files."""
 
-    def __init__(self, folder: RunFolder, uri: str, progress: Progress, load_model: LoadModel, counts: Counter[str]):
-        self._folder = folder
-        self._uri = uri
-        self._progress = progress
-        self._load_model = load_model
-        self._counts = counts
+def describe(run: MlflowRun) -> None:
+    """Show the run as it is now: its curves, and a description in a few words."""
+    _log_figures(run, draw_history)
+    run.client.set_tag(run.id, NOTE_TAG, without_credentials(_description(run))[:TAG_LENGTH])
+    run.progress.update(described_state=run.progress.get("mlflow_state"))
 
-    def publish(self, client: MlflowClient, record: Record) -> None:
-        match record["kind"]:
-            case "predictions":
-                self._log_predictions(client, record)
-            case "evaluation":
-                self._log_figures(client, partial(draw_evaluation, self._folder, record))
-            case "model":
-                self._log_model(client, record)
-            case "artifact":
-                self._log_file(client, self._folder.path / record["path"], str(Path(record["path"]).parent))
-            case "status" if record["state"] == "running":  # each attempt may have other settings
-                self._log_file(client, self._folder.config, "")
 
-    def describe(self, client: MlflowClient, state: str) -> None:
-        """The run as it is now: its curves, and in a few words."""
-        self._log_figures(client, partial(draw_history, self._folder))
-        description = without_credentials(describe_run(self._folder.journal, str(self._folder.path)))
-        client.set_tag(self._run_id, "mlflow.note.content", description[:TAG_LENGTH])
-        self._progress.store(described=state)
+def _log_file(run: MlflowRun, path: Path, place: str | None = None) -> None:
+    if not path.is_file():
+        logger.warning("%s is gone: not logged", path.relative_to(run.folder.path))
+        return
+    run.client.log_artifact(run.id, str(path), place)
+    run.counts["files"] += 1
 
-    @property
-    def _run_id(self) -> str:
-        return str(self._progress.get("mlflow_run_id"))
 
-    def _log_artifact(self, client: MlflowClient, path: Path, place: str) -> None:
-        client.log_artifact(self._run_id, str(path), place or None)
-        self._counts["files"] += 1
+def _log_figures(run: MlflowRun, draw: Callable[..., Sequence[Path]], *drawn: Any) -> None:
+    for figure in _draw(run, draw, *drawn):
+        _log_file(run, figure, "figures")
 
-    def _log_file(self, client: MlflowClient, path: Path, place: str) -> None:
-        if not path.is_file():
-            logger.warning("%s is gone: not logged", path.relative_to(self._folder.path))
-            return
-        self._log_artifact(client, path, place)
 
-    def _log_figures(self, client: MlflowClient, draw: Callable[[], list[Path]]) -> None:
-        """A figure that cannot be drawn must not keep what stands behind it in the journal from being published."""
-        try:
-            figures = draw()
-        except Exception as error:
-            logger.warning("a figure cannot be drawn: %s: %s", type(error).__name__, error)
-            return
-        for figure in figures:
-            self._log_artifact(client, figure, "figures")
+def _draw(run: MlflowRun, draw: Callable[..., Sequence[Path]], *drawn: Any) -> Sequence[Path]:
+    """Return figures; none if they cannot be drawn, which must not keep other records from being published."""
+    try:
+        return draw(run.folder, *drawn)
+    except Exception as error:
+        logger.warning("a figure cannot be drawn: %s: %s", type(error).__name__, error)
+        return ()
 
-    def _log_predictions(self, client: MlflowClient, record: Record) -> None:
-        """As a slide of the predictions, once: MLflow gives each upload a name of its own."""
-        names = [Path(file.path).name for file in client.list_artifacts(self._run_id, "images")]
-        # of its two files the last; MLflow separates with + or, in earlier versions, %
-        if any(re.fullmatch(rf"predictions[+%]step[+%]{record['step']}[+%].*\.webp", name) for name in names):
-            return
-        try:
-            image = Image.open(draw_samples(self._folder, record)).convert("RGB")
-        except Exception as error:
-            logger.warning("a figure cannot be drawn: %s: %s", type(error).__name__, error)
-            return
-        client.log_image(self._run_id, image, key="predictions", step=record["step"])
-        self._counts["files"] += 1
 
-    def _log_model(self, client: MlflowClient, record: Record) -> None:
-        weights = self._folder.path / record["path"]
-        if not weights.is_file() or file_digest(weights) != record["sha256"]:
-            logger.warning("%s is gone, or was replaced by a later one: not logged", record["path"])
-            return
-        try:
-            model = self._load_model(self._folder.path, record)
-            self._log_figures(client, partial(draw_filters, self._folder, model))
-            model_id = log_model(self._folder, client, self._uri, self._run_id, record, model)
-            tie_to_metrics(self._folder, client, self._run_id, record, model_id)
-            self._counts["models"] += 1
-            self._progress.store(model_id=model_id)
-            if record.get("register"):
-                outcome = register(self._folder, client, self._run_id, record, model_id)
-                logger.info("%s", outcome)
-                self._progress.store(model_outcome=outcome)
-        except (MlflowException, OSError):
-            raise  # the server; tried again
-        except Exception as error:
-            logger.warning("the model cannot be logged, its weights are in %s: %s", record["path"], error)
+def _log_snapshot(run: MlflowRun, record: PredictionsRecord) -> None:
+    """Log what was predicted at one step as an image, once: MLflow gives each upload a name of its own."""
+    names = [Path(file.path).name for file in run.client.list_artifacts(run.id, "images")]
+    # of its two files the last; MLflow separates with + or, in earlier versions, %
+    if any(re.fullmatch(rf"predictions[+%]step[+%]{record['step']}[+%].*\.webp", name) for name in names):
+        return
+    for figure in _draw(run, draw_snapshot, record):
+        run.client.log_image(run.id, Image.open(figure).convert("RGB"), key="predictions", step=record["step"])
+        run.counts["files"] += 1
+
+
+def _log_model(run: MlflowRun, record: ModelRecord) -> None:
+    from pipeline.models.bundle import (  # imports torch: 3 s that a run without a model need not wait for
+        TRUST_VARIABLE,
+        Bundle,
+        OwnCodeError,
+    )
+
+    weights = run.folder.path / record["path"]
+    if not weights.is_file() or sha256(weights.read_bytes()).hexdigest() != record["sha256"]:
+        logger.warning("%s is gone, or was replaced by a later one: not logged", record["path"])
+        return
+    try:
+        bundle = Bundle.open(weights.parent, record.get("description"))
+        model = bundle.load(weights.stem, own_code=os.environ.get(TRUST_VARIABLE) == "1")
+        _log_figures(run, draw_filters, model)
+        model_id = log_model(run, record, bundle.spec, model)
+        tie_to_metrics(run, record, model_id)
+        run.counts["models"] += 1
+        run.progress.update(model_id=model_id)
+        if record["register"]:
+            outcome = register(run, record, model_id, record["register"])
+            logger.info("%s", outcome)
+            run.progress.update(model_outcome=outcome)
+    except (MlflowException, OSError, OwnCodeError):
+        raise  # the server, or for the user to allow; tried again
+    except Exception as error:
+        logger.warning("the model cannot be logged, its weights are in %s: %s", record["path"], error)
+
+
+def _description(run: MlflowRun) -> str:
+    """Return result, recipe, command and attempts."""
+    kinds, keys = ("params", "tags", "model", "status"), ("eval/accuracy", "eval/loss")
+    records = [record for record, _ in iterate(run.folder.journal, kinds=kinds, keys=keys)]
+    params = {key: value for r in records if r["kind"] == "params" for key, value in r["values"].items()}
+    tags = [item for record in records if record["kind"] == "tags" for item in record["values"].items()]
+    started_ms = [r["timestamp_ms"] for r in records if r["kind"] == "status" and r["state"] == "running"]
+    parts = [_describe_result(records), _describe_recipe(params, tags)]
+    if "command" in run.record:
+        parts.append(f"```\n{run.record['command']}\n```")
+    parts += [_describe_attempts(started_ms, dict(tags)), f"Run folder: `{run.folder.path}`"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _describe_result(records: Sequence[Record]) -> str:
+    evaluations: dict[int, dict[str, float]] = defaultdict(dict)
+    for record in records:
+        if record["kind"] == "metric":
+            evaluations[record["step"]][record["key"]] = record["value"]
+    state = next((record["state"] for record in reversed(records) if record["kind"] == "status"), "begun")
+    if not evaluations:
+        return f"**{state}**, not evaluated yet"
+    last = max(evaluations)
+    result = f"**{state}**: {_describe_evaluation(evaluations[last])} at step {last:,}, the last evaluation"
+    best = next((record["step"] for record in reversed(records) if record["kind"] == "model"), None)
+    if best in evaluations:
+        result += f"  \nThe logged model is of step {best:,}: {_describe_evaluation(evaluations[best])}"
+    return result
+
+
+def _describe_evaluation(values: Mapping[str, float]) -> str:
+    parts = [f"accuracy {values['eval/accuracy']:.2%}"] if "eval/accuracy" in values else []
+    parts += [f"loss {values['eval/loss']:.4g}"] if "eval/loss" in values else []
+    return ", ".join(parts) or "no finite result"
+
+
+def _describe_recipe(params: Mapping[str, Any], tags: Sequence[tuple[str, str]]) -> str:
+    """Return the main settings, and those that an attempt changed, with all the values they had."""
+    values = {key: [params[key]] for key in RECIPE.split() if key in params}
+    for tag, value in tags:
+        of_attempt = re.fullmatch(r"attempt\.\d+\.(.+)", tag)
+        if of_attempt and of_attempt[1] in params:
+            values.setdefault(of_attempt[1], [params[of_attempt[1]]]).append(value)
+    return ", ".join(f"{key} " + ", then ".join(f"`{value}`" for value in each) for key, each in values.items())
+
+
+def _describe_attempts(started_ms: Sequence[int], tags: Mapping[str, str]) -> str:
+    """Return a table if there was more than one attempt; else when it began."""
+    moments = [f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC" for ms in started_ms]
+    if len(moments) < 2:
+        return "".join(f"Begun {moment}" for moment in moments)
+    rows = ["| attempt | begun | host | ranks | ended |", "| ---: | --- | --- | ---: | --- |"]
+    for number, moment in enumerate(moments, 1):
+        host, ranks, end = (tags.get(f"attempt.{number}.{what}", "") for what in ("host", "ranks", "end"))
+        rows.append(f"| {number} | {moment} | {host} | {ranks} | {end} |")
+    return "\n".join(rows)

@@ -1,4 +1,4 @@
-"""Named times: every second belongs to one phase, and the slowest rank is found by its own work."""
+"""Named times: every second belongs to one phase."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.base.startup import StartupTimer
-from pipeline.base.timing import PHASES, CudaTimer, HostTimer
-from pipeline.learning.stragglers import find_straggler, mean_times
+from pipeline.base.timing import PHASES, CudaTimer, PhaseTimer, StartupTimer
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +29,7 @@ def row(**milliseconds: float) -> list[float]:
 
 
 def test_the_time_between_two_laps_belongs_to_the_phase_that_ended(clock: list[float]) -> None:
-    timer = HostTimer()
+    timer = PhaseTimer()
     timer.start()
     for _ in range(2):
         timer.begin_step()
@@ -44,7 +42,7 @@ def test_the_time_between_two_laps_belongs_to_the_phase_that_ended(clock: list[f
 
 
 def test_what_lies_before_start_belongs_to_no_phase_and_reading_forgets(clock: list[float]) -> None:
-    timer = HostTimer()
+    timer = PhaseTimer()
     timer.start()
     timer.begin_step()
     clock[0] += 50
@@ -96,24 +94,6 @@ def test_on_a_gpu_one_step_after_each_reading_is_timed_by_events(
     assert list(timer.read().milliseconds) == row(graph=2000)
 
 
-def test_means_are_over_the_ranks_and_leave_out_what_did_not_occur() -> None:
-    rows = [row(data=1, forward=4), row(data=3, forward=2)]
-    assert mean_times(rows) == {"time/data_ms": 2, "time/forward_ms": 3}
-
-
-def test_the_straggler_is_the_rank_with_most_work_of_its_own_and_not_the_one_that_waits() -> None:
-    waiting, slow = row(data=1, forward=4, communication=9), row(data=6, forward=5, communication=1)
-    found = find_straggler([waiting, slow, waiting])
-    assert found is not None
-    assert (found.rank, found.phase) == (1, "data")
-    assert found.imbalance == pytest.approx(11 / 7 - 1)
-    assert found.metrics == {"time/slowest_rank": 1.0, "time/imbalance": found.imbalance}
-
-
-def test_one_rank_keeps_nobody_waiting() -> None:
-    assert find_straggler([row(data=1)]) is None
-
-
 class Points(dict[str, float]):
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         assert not self.keys() & values.keys()
@@ -127,7 +107,7 @@ def test_the_first_step_is_recorded_once_with_all_that_went_before(clock: list[f
         startup.lap(phase)
     clock[0] += 1
     for step in (1, 2):
-        startup.after_step(points, step)
+        assert startup.after_step(points.metrics, step) == (step == 1)
         clock[0] += 10
     assert [points[f"startup/{phase}_seconds"] for phase in ("config", "data", "first_step")] == [2, 2, 1]
     phases = sum(value for name, value in points.items() if name != "startup/total_seconds")
@@ -135,7 +115,7 @@ def test_the_first_step_is_recorded_once_with_all_that_went_before(clock: list[f
 
 
 def test_the_imports_are_counted_from_the_start_of_the_process() -> None:
-    code = "import time; time.sleep(1); from pipeline import timing; print(timing.StartupTimer()._seconds['imports'])"
+    code = "import time; time.sleep(1); import pipeline.base.timing as s; print(s.StartupTimer()._seconds['imports'])"
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert 1.0 < float(done.stdout) < time.monotonic() - began + 0.02

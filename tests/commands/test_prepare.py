@@ -25,5 +25,5 @@ def test_a_damaged_one_is_named(tmp_path: Path, mnist_root: Path, capsys: pytest
 
 def test_an_unknown_one_is_refused_with_those_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "minst", "--root", str(tmp_path)]) == 2
-    assert "minst: unknown; accepted: digits" in capsys.readouterr().err
+    assert "minst: unknown; did you mean mnist? accepted: digits, mnist" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from pipeline.__main__ import main
 from pipeline.commands.publish import publish
 from pipeline.run.folder import RunFolder
 from pipeline.run.journal import Journal
+from tests.records import run_record
 from tests.servers import reserved_port
 
 
@@ -27,9 +28,9 @@ def make_run(runs: Path, name: str, uri: str, *, num_points: int = 3) -> RunFold
     folder.path.mkdir(parents=True)
     folder.config.write_text("run: {}\n")
     journal = Journal(folder.journal)
-    journal.append("run", run_id=f"{runs}/{name}", name=name, experiment=str(runs), tracking_uri=uri)
-    journal.append("params", values={"optim.lr": 0.5, "steps_per_epoch": 10})
-    journal.append("tags", values={"host": "here", "device": "cpu"})
+    journal.append(run_record(name, run_id=f"{runs}/{name}", experiment=str(runs), uri=uri))
+    journal.append({"kind": "params", "values": {"optim.lr": 0.5, "steps_per_epoch": 10}})
+    journal.append({"kind": "tags", "values": {"host": "here", "device": "cpu"}})
     journal.status("running")
     for step in range(num_points):
         journal.metrics({"train/loss": step}, step)

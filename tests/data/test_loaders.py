@@ -1,64 +1,104 @@
-"""Batches: the same from both placements, normalised as documented."""
+"""Batches: the same from both placements and on any number of ranks, and inputs as documented."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from pipeline.base.timing import HostTimer
-from pipeline.data.inputs import Batch, Loader
-from pipeline.data.order import GlobalOrderSampler
-from pipeline.data.resident import ResidentLoader
+from pipeline.base.timing import PhaseTimer
+from pipeline.data.augment import Augment
+from pipeline.data.inputs import Batch, Inputs, Loader, Prepare
+from pipeline.data.order import Order
+from pipeline.data.resident import Gather, ResidentLoader
 from pipeline.data.streamed import StreamedLoader
 from pipeline.models.normalize import Normalize
-from train.execution import choose_placement
+from tests.data.helpers import CPU
 
 IMAGES = torch.randint(0, 256, (23, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(23)
 NORMALIZE = Normalize([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
 
 
-def sampler() -> GlobalOrderSampler:
-    return GlobalOrderSampler(23, global_batch_size=6, accumulate=2, rank=1, world_size=2)
+def order(rank: int = 1, world_size: int = 2, accumulate: int = 2) -> Order:
+    return Order(23, global_batch_size=6, accumulate=accumulate, rank=rank, world_size=world_size)
 
 
-def content(loader: Loader, batch: Batch) -> list[torch.Tensor]:
-    return [tensor for micro_batch in batch.micro_batches for tensor in loader.inputs(micro_batch)]
+def resident(order: Order, augment: nn.Module | None = None) -> ResidentLoader:
+    return ResidentLoader(order, Prepare(Gather(IMAGES, LABELS), augment or nn.Identity(), NORMALIZE))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_streamed_batches_equal_resident_ones(num_workers: int) -> None:
-    on_device = ResidentLoader(IMAGES, LABELS, sampler(), NORMALIZE)
-    by_workers = StreamedLoader(IMAGES, LABELS, sampler(), NORMALIZE, num_workers, HostTimer())
+def streamed(order: Order, workers: int, augment: nn.Module | None = None) -> StreamedLoader:
+    prepare = Prepare(nn.Identity(), augment or nn.Identity(), NORMALIZE)
+    return StreamedLoader(Gather(IMAGES, LABELS), order, prepare, workers, PhaseTimer())
+
+
+def content(loader: Loader, batch: Batch) -> list[Tensor]:
+    inputs = [loader.prepare(micro_batch) for micro_batch in batch.micro_batches]
+    return [tensor for each in inputs for tensor in (each.images, each.classes, each.weights)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("is_augmented", [False, True])
+def test_streamed_batches_equal_resident_ones(workers: int, is_augmented: bool) -> None:
+    augments = [Augment(0, 2, True, CPU) if is_augmented else None for _ in range(2)]
+    on_device, by_workers = resident(order(), augments[0]), streamed(order(), workers, augments[1])
     for epoch, samples_seen in ((0, 0), (1, 0), (2, 12)):  # the same workers go on
-        for loader in (on_device, by_workers):
-            loader.sampler.set_position(epoch, samples_seen)
-        compare(on_device, by_workers, samples_seen)
+        pairs = zip(on_device.batches(epoch, samples_seen), by_workers.batches(epoch, samples_seen), strict=True)
+        starts = []
+        for one, other in pairs:
+            assert (one.start, one.global_count, one.end) == (other.start, other.global_count, other.end)
+            tensors = zip(content(on_device, one), content(by_workers, other), strict=True)
+            assert all(torch.equal(a, b) for a, b in tensors)
+            starts.append((one.start, one.global_count))
+        assert starts == [(0, 6), (6, 6), (12, 6), (18, 5)][samples_seen // 6 :]
 
 
-def compare(on_device: ResidentLoader, by_workers: StreamedLoader, samples_seen: int) -> None:
-    resident, streamed = list(on_device), list(by_workers)
-    assert [(b.start, b.global_count) for b in resident] == [(0, 6), (6, 6), (12, 6), (18, 5)][samples_seen // 6 :]
-    assert [(b.start, b.global_count) for b in streamed] == [(b.start, b.global_count) for b in resident]
-    for one, other in zip(resident, streamed, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(content(on_device, one), content(by_workers, other), strict=True))
+def test_an_epoch_that_was_broken_off_leaves_nothing_to_the_next() -> None:
+    loader = streamed(order(), 1)
+    next(loader.batches(0))
+    labels = [loader.prepare(part).classes[0] for batch in loader.batches(1) for part in batch.micro_batches]
+    assert torch.cat(labels).tolist() == [i for step in order().steps(1) for part in step.micro_batches for i in part]
 
 
-def test_a_batch_holds_the_samples_of_its_indices_normalised() -> None:
-    loader = ResidentLoader(IMAGES, LABELS, sampler(), NORMALIZE)
-    images, labels = loader.inputs(next(iter(loader)).micro_batches[0])
-    expected = next(sampler().steps()).micro_batches[0]
-    assert torch.equal(labels, LABELS[expected])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_augmented_pixels_of_a_global_batch_are_the_same_on_any_number_of_ranks(world_size: int) -> None:
+    def pixels(ranks: int) -> list[Tensor]:
+        parts = []
+        for rank in range(ranks):
+            loader = resident(order(rank, ranks, 1), Augment(3, 2, True, CPU))
+            parts.append([loader.prepare(batch.micro_batches[0]).images for batch in loader.batches(1)])
+        return [torch.cat(parts_of_step) for parts_of_step in zip(*parts, strict=True)]
+
+    assert all(torch.equal(a, b) for a, b in zip(pixels(world_size), pixels(1), strict=True))
+
+
+def test_inputs_are_the_samples_of_the_indices_normalised_each_with_one_class_of_weight_one() -> None:
+    loader, expected = resident(order()), next(order().steps(0)).micro_batches[0]
+    inputs = loader.prepare(next(loader.batches(0)).micro_batches[0])
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
-    torch.testing.assert_close(images, (IMAGES[expected] / 255 - mean) / std)
+    torch.testing.assert_close(inputs.images, (IMAGES[expected] / 255 - mean) / std)
+    assert torch.equal(inputs.classes, LABELS[expected][None])
+    assert torch.equal(inputs.weights, torch.ones(1, len(expected)))
 
 
-def test_normalisation_is_done_in_the_dtype_asked_for() -> None:
-    assert NORMALIZE(IMAGES).dtype == torch.float32
-    assert Normalize([0.5], [0.5], torch.float64)(IMAGES[:, :1]).dtype == torch.float64
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_samples_behind_the_count_weigh_nothing(dtype: torch.dtype, count: int) -> None:
+    prepare = Prepare(Gather(IMAGES, LABELS), nn.Identity(), Normalize([0.5] * 3, [0.5] * 3, dtype))
+    inputs: Inputs = prepare(torch.tensor([5, 6, 0, 0]), torch.tensor(count))
+    assert inputs.weights.tolist() == [[1.0] * count + [0.0] * (4 - count)]
+    assert inputs.weights.dtype == inputs.images.dtype == dtype
 
 
-def test_on_cpu_auto_is_where_the_data_are_and_a_choice_is_obeyed() -> None:
-    cpu = torch.device("cpu")
-    assert choose_placement("auto", 10**12, cpu)[0] == "device"
-    assert choose_placement("workers", 1, cpu)[0] == "workers"
+def test_there_may_be_no_samples() -> None:
+    prepare = Prepare(Gather(IMAGES, LABELS), Augment(0, 2, True, CPU), NORMALIZE)
+    inputs = prepare(torch.arange(0))
+    assert [tuple(t.shape) for t in (inputs.images, inputs.classes, inputs.weights)] == [(0, 3, 5, 5), (1, 0), (1, 0)]
+
+
+def test_a_resident_split_is_no_part_of_what_a_module_saves() -> None:
+    assert Prepare(Gather(IMAGES, LABELS), Augment(0, 2, True, CPU), NORMALIZE).state_dict().keys() == {
+        "normalize.scale",
+        "normalize.shift",
+    }

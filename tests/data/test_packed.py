@@ -1,9 +1,10 @@
-"""One copy of a dataset per node: that it is equal, that it is one, and that nothing stays behind."""
+"""A dataset in one file, and one copy of it per node: equal to what was loaded, and nothing stays behind."""
 
 from __future__ import annotations
 
+import json
 import logging
-import mmap
+import resource
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,30 +17,85 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save
 
-from pipeline.data import packed as sharing
-from pipeline.data.packed import share_on_node
-from pipeline.data.sources.datasets import DataError, Dataset, load_dataset, synthetic_info
+from pipeline.data import packed
+from pipeline.data.packed import open_packed, share_on_node, write_packed
+from pipeline.data.samples import DataError, Dataset
 from pipeline.parallel.rank import Rank, is_lost_connection
+from tests.data.helpers import ALONE, are_equal, listed, loaded, pixels, tensors
 from tests.ranks import run_ranks
 
-INFO = synthetic_info(channels=1, num_classes=7, image_size=27, train_size=3001, eval_size=500)
-MIN_BYTES = (INFO.train_size + INFO.eval_size) * INFO.image_size**2
-ALONE = Rank(0, 0, 1, 1, torch.device("cpu"), "none", 1)
+SIZES = {"train_size": 3001, "validation_size": 500, "image_size": 27, "classes": 7}
+MIN_BYTES = (3001 + 500) * 27**2
 
 
 def load() -> Dataset:
-    return load_dataset(INFO, Path("/nonexistent"), image_size=None, seed=3)
+    return loaded(listed("synthetic", seed=3, arguments=SIZES))
 
 
-def tensors(dataset: Dataset) -> list[torch.Tensor]:
-    return [dataset.train.images, dataset.train.labels, dataset.evaluation.images, dataset.evaluation.labels]
+def test_what_was_packed_is_opened_as_it_was(tmp_path: Path) -> None:
+    for test_size in (0, 9):
+        dataset = loaded(listed("synthetic", arguments=SIZES | {"test_size": test_size}, mean=(1 / 3,), std=(0.1,)))
+        write_packed(dataset, tmp_path / "packed")
+        opened = open_packed(tmp_path / "packed")
+        assert are_equal(opened, dataset)
+        assert {tensor.data_ptr() % tensor.itemsize for tensor in tensors(opened)} == {0}
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
-def are_equal(first: Dataset, second: Dataset) -> bool:
-    pairs = zip(tensors(first), tensors(second), strict=True)
-    same = all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
-    return same and (first.info, first.digest) == (second.info, second.digest)
+def test_anybody_can_read_a_packed_file_as_safetensors(tmp_path: Path) -> None:
+    dataset = load()
+    write_packed(dataset, tmp_path / "packed")
+    found = load_file(tmp_path / "packed")
+    assert list(found) == ["train.labels", "validation.labels", "train.pixels", "validation.pixels"]
+    assert torch.equal(found["validation.labels"], dataset.validation.labels)
+
+
+def test_a_foreign_or_damaged_header_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "packed"
+    write_packed(load(), path)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, data = whole[8 : 8 + length], whole[8 + length :]
+    about = json.loads(header)["__metadata__"]
+
+    def with_header(old: bytes, new: bytes) -> bytes:
+        assert old in header
+        changed = header.replace(old, new)
+        return len(changed).to_bytes(8, "little") + changed + data
+
+    contents = {
+        "no file of any kind": b"",
+        "a text": b"image,label\n" * 1000,
+        "half a header": whole[: length // 2],
+        "half of the tensors": whole[: len(whole) // 2],
+        "more than the tensors": whole + b"\0",
+        "another version": with_header(b"convoy-dataset-1", b"convoy-dataset-0"),
+        "one bit of what is known": with_header(b"class 6", b"class 7"),
+        "a tensor by another name": with_header(b"train.labels", b"train.labelz"),
+        "weights": save({"train.pixels": torch.ones(3)}),
+        "weights with metadata": save({"weight": torch.ones(3)}, {"format": "pt"}),
+    }
+    assert about["format"] == "convoy-dataset-1"
+    for what, content in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            open_packed(path)
+        assert f"{path} is no packed dataset, or damaged" in str(caught.value), what
+    with pytest.raises(FileNotFoundError):
+        open_packed(tmp_path / "nowhere")
+
+
+def test_a_file_that_cannot_be_written_whole_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIN_BYTES // 2, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_packed(load(), tmp_path / "packed")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 @dataclass
@@ -56,8 +112,8 @@ class Places:
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Places]:
     """No test may leave a name in either of them."""
-    memory = Path(tempfile.mkdtemp(prefix="test-", dir=sharing.SHARED_MEMORY))
-    monkeypatch.setattr(sharing, "SHARED_MEMORY", memory)
+    memory = Path(tempfile.mkdtemp(prefix="test-", dir=packed.SHARED_MEMORY))
+    monkeypatch.setattr(packed, "SHARED_MEMORY", memory)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = Places(memory, tmp_path)
     try:
@@ -126,7 +182,7 @@ def hold(rank: Rank, ranks_per_node: int, places: Places, prepare: Callable[[Ran
         is_right,
         num_loads,
         mappings(),
-        [tensor.data_ptr() % 64 for tensor in tensors(dataset)],
+        [tensor.data_ptr() % tensor.itemsize for tensor in tensors(dataset)],
         places.names(),
         [record.getMessage() for record in log.buffer if record.levelno == logging.WARNING],
     )
@@ -168,8 +224,7 @@ def test_a_world_of_one_gets_what_was_loaded_itself(places: Places) -> None:
 
 def refuse_room(monkeypatch: pytest.MonkeyPatch, *folders: Path, missing_bytes: int = 1) -> None:
     """Just not enough is free in `folders`, and plenty everywhere else."""
-    dataset = load()
-    needed = 2 * sharing._lay_out(tensors(dataset))[-1].end
+    needed = 2 * sum(memoryview(piece).nbytes for piece in packed._pack(load()))
 
     def disk_usage(path: Path) -> Any:
         return SimpleNamespace(free=needed - missing_bytes if path in folders else 2**40)
@@ -206,11 +261,11 @@ def test_without_room_each_rank_loads_for_itself_and_the_first_says_so(
 def fill_the_disk(rank: Rank) -> None:
     """The check sees room, which is taken before the file is written."""
 
-    def fill(file: sharing.SharedFile, tensors: list[torch.Tensor]) -> None:
-        file.path.write_bytes(b"begun")
+    def fill(dataset: Dataset, path: Path) -> None:
+        path.write_bytes(b"begun")
         raise OSError(28, "No space left on device")
 
-    sharing._fill = fill
+    packed.write_packed = fill
 
 
 def test_a_disk_that_fills_up_meanwhile_is_no_room(places: Places) -> None:
@@ -224,7 +279,7 @@ def hide_the_file_from_rank_1(rank: Rank) -> None:
         raise PermissionError(13, "Permission denied")
 
     if rank.rank == 1:
-        mmap.mmap = refuse  # type: ignore[assignment,misc]
+        packed.safe_open = refuse  # type: ignore[assignment,attr-defined]
 
 
 def test_a_rank_that_cannot_map_the_file_loads_for_itself_and_says_so(places: Places) -> None:
@@ -240,9 +295,9 @@ def test_a_rank_that_cannot_map_the_file_loads_for_itself_and_says_so(places: Pl
 def overwrite_on_rank_1(rank: Rank) -> tuple[int, int]:
     dataset = share_on_node(rank, load)
     if rank.rank == 1:
-        dataset.train.images[:] = 77
+        pixels(dataset.train)[:] = 77
     rank.gather(None)
-    here = int(dataset.train.images.ne(77).sum())
+    here = int(pixels(dataset.train).ne(77).sum())
     rank.gather(None)
     return here, mappings()[0].inode
 
@@ -251,7 +306,7 @@ def test_what_a_rank_writes_stays_with_it(places: Places) -> None:
     (first, one), (second, other) = run_ranks(2, overwrite_on_rank_1)
     assert one == other
     assert second == 0
-    assert first == int(load().train.images.ne(77).sum())
+    assert first == int(pixels(load().train).ne(77).sum())
 
 
 def fail_on(rank: Rank, failing: list[int], ranks_per_node: int) -> tuple[str, str]:

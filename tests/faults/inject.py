@@ -16,23 +16,26 @@ from typing import Any
 
 import torch
 
-from pipeline.learning.metrics import EvaluationMeter, TrainMeter
-from pipeline.learning.precision import Precision
-from pipeline.parallel.node_sum import NodeAverage
-from pipeline.parallel.ordered import Shards
+from pipeline.data.inputs import Inputs
+from pipeline.learning.metrics import EvaluationMeter
+from pipeline.learning.update import Precision
+from pipeline.parallel.node_memory import NodeSum
+from pipeline.parallel.ordered import OrderedReplicas
 from pipeline.run.checkpoint import Checkpoints, load_checkpoint
-from train.steps.eager import EagerStep, StepParts
-from train.steps.ordered import ShardStep
+from train.recording import Recording
+from train.steps.eager import EagerStep
+from train.steps.ordered import OrderedStep
+from train.steps.parts import StepParts
 from train.trainer import Trainer
 
 PLACES: dict[str, list[tuple[type, str]]] = {
-    "step": [(EagerStep, "__call__"), (ShardStep, "__call__")],
-    "gradient": [(StepParts, "compute_gradient")],
+    "step": [(EagerStep, "__call__"), (OrderedStep, "__call__")],
+    "gradient": [(StepParts, "forward")],
     "forward": [(Precision, "autocast")],
     "backward": [(torch.amp.GradScaler, "scale")],
-    "all-reduce": [(NodeAverage, "average"), (Shards, "sum")],
+    "all-reduce": [(NodeSum, "reduce"), (OrderedReplicas, "reduce")],
     "update": [(torch.amp.GradScaler, "unscale_")],
-    "record": [(TrainMeter, "reduce")],
+    "record": [(Recording, "begin")],
     "evaluation": [(EvaluationMeter, "add")],
     "save": [(Trainer, "save")],
 }
@@ -95,7 +98,7 @@ def _strike(fault: Fault, arguments: tuple[Any, ...] = ()) -> None:
         case "sleep":
             time.sleep(10_000)
         case "nan":
-            next(a for a in arguments if isinstance(a, torch.Tensor)).fill_(torch.nan)
+            next(a for a in arguments if isinstance(a, Inputs)).images.fill_(torch.nan)
         case "fill":
             _fill(Path(fault.path) / FILLER)
         case name:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
-import torch
 
-from pipeline.data.sources.idx import DEBIAN_FASHION_MNIST
-from pipeline.run.checkpoint import CheckpointError, _fingerprint
+from pipeline.data.sources.published import DEBIAN_FASHION_MNIST
+from pipeline.models.bundle import Bundle
+from pipeline.run.checkpoint import CheckpointError, Checkpoints, _fingerprint
 from pipeline.run.folder import RunFolder
 from tests.faults.inject import Fault, random_fault
 from tests.faults.pickles import MALICIOUS, write_malicious
@@ -37,7 +37,6 @@ from tests.faults.trainings import (
     train_under_torchrun,
 )
 from tests.train.helpers import config_of
-from train.build import build_checkpoints
 
 GRACE = 30.0
 """Seconds: what torchrun leaves a rank that it asks to end."""
@@ -137,7 +136,7 @@ def kill_in_save(context: Context, folder: Path, rng: random.Random) -> list[str
     train(folder, 1, *settings, fault=Fault("kill", "file", at, (0,), mark=str(mark)))
     if not mark.exists():
         raise NoMoreFaults
-    checkpoints = build_checkpoints(config_of(), RunFolder(folder / "run"))
+    checkpoints = Checkpoints(config_of().checkpoint, RunFolder(folder / "run"))
     problems = []
     try:
         checkpoints.load_latest()
@@ -218,7 +217,7 @@ def _points(folder: Path) -> list[tuple[str, int, float]]:
 
 def resume_within_an_epoch(context: Context, folder: Path, rng: random.Random) -> list[str]:
     """Stopped three times within an epoch and gone on with on other numbers of ranks, reproducibly."""
-    settings = ("train.reproducible=true", "data.random_crop=2")
+    settings = ("train.reproducible=true", "data.augment.crop=2")
     done = 0
     for world_size in (4, 2, 1):
         steps = rng.randint(1, 2)  # and two more until all have decided: less than an epoch in all
@@ -250,7 +249,7 @@ def listen(name: str) -> Iterator[list[str]]:
 def damage_checkpoint(context: Context, folder: Path, rng: random.Random) -> list[str]:
     """A bit flipped, or the end cut off, anywhere in the latest checkpoint: named, and the one before is used."""
     shutil.copytree(context.reference(1) / "run" / "checkpoints", folder / "run" / "checkpoints")
-    checkpoints = build_checkpoints(config_of(), RunFolder(folder / "run"))
+    checkpoints = Checkpoints(config_of().checkpoint, RunFolder(folder / "run"))
     latest, before = checkpoints.all()[:2]
     path = rng.choice(sorted(latest.iterdir()))
     content = bytearray(path.read_bytes())
@@ -283,7 +282,7 @@ def fill_disk(context: Context, folder: Path, rng: random.Random) -> list[str]:
         if "failed_saves" not in tags:
             problems.append("the failed save is not recorded")
         # the best weights of an evaluation without room are lost, as is said
-        return problems or [found for found in differences(disk, context.reference(2)) if "best.pt" not in found]
+        return problems or [found for found in differences(disk, context.reference(2)) if "best" not in found]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -298,7 +297,7 @@ def compute_nan(context: Context, folder: Path, rng: random.Random) -> list[str]
     skipped = [value for key, _, value in _points(folder) if key == "train/skipped_steps"]
     if skipped[-1:] != [1.0]:
         return [f"NaN in gradient {at}: {skipped} steps skipped"]
-    weights = torch.load(folder / "run" / "model" / "final.pt", weights_only=True)
+    weights = Bundle.open(folder / "run" / "model").load_weights("final")
     problems = [] if all(value.isfinite().all() for value in weights.values()) else ["weights are not finite"]
     return problems + ([] if set(end.weights) == {digest_of(weights)} else ["ranks have other weights than rank 0"])
 
@@ -333,7 +332,7 @@ def _fail_one_rank(folder: Path, rng: random.Random, what: str, limit: float) ->
     first = [consequence for consequence in CONSEQUENCES if what != "exit" and consequence in before]
     if not sign:
         problems.append(f"{fault}, {backend}: {signs[what]!r} is not said\n{end.output[:3000]}")
-    elif first or (what == "sleep" and before.count("stood still") != before.count(f"rank {rank} stood still")):
+    elif first or (what == "sleep" and before.count(" hung for ") != before.count(f"rank {rank} hung for ")):
         problems.append(f"{fault}, {backend}: something else is said first\n{before[:3000]}")
     return problems
 
@@ -341,7 +340,7 @@ def _fail_one_rank(folder: Path, rng: random.Random, what: str, limit: float) ->
 def load_malicious(context: Context, folder: Path, rng: random.Random) -> list[str]:
     """Code in a checkpoint, with a manifest that fits it: refused, not executed, and the one before is used."""
     shutil.copytree(context.reference(1) / "run" / "checkpoints", folder / "run" / "checkpoints")
-    checkpoints = build_checkpoints(config_of(), RunFolder(folder / "run"))
+    checkpoints = Checkpoints(config_of().checkpoint, RunFolder(folder / "run"))
     latest = checkpoints.all()[0]
     name, marker = rng.choice(sorted(MALICIOUS)), folder / "executed"
     write_malicious(name, latest / rng.choice(("model.pt", "training.pt")), marker)

@@ -54,14 +54,14 @@ def test_the_campaign_sees_what_is_lost(context: Context, tmp_path: Path, monkey
 
     def forgetful(self: Trainer) -> object:
         whole = state(self)
-        whole.optimizer["state"].clear()
+        whole.update["optimizer"]["state"].clear()
         return whole
 
     monkeypatch.setattr(Trainer, "state", forgetful)
     train_forked(tmp_path, 1, fault=Fault("kill", "step", 8, (0,)))
     assert train_forked(tmp_path, 1).failure is None
     monkeypatch.undo()
-    assert differences(tmp_path, context.reference(1)) == ["weights of final.pt", "weights of best.pt", "history"]
+    assert differences(tmp_path, context.reference(1)) == ["weights of final", "weights of best", "history"]
 
 
 def test_a_checkpoint_that_no_manifest_covers_would_be_noticed(

@@ -18,13 +18,14 @@ import torch
 
 from pipeline.base.launch import Launch
 from pipeline.base.signals import listen_for_stop
-from pipeline.base.startup import StartupTimer
-from pipeline.config import CommandLine
+from pipeline.base.timing import StartupTimer
+from pipeline.models.bundle import Bundle
 from pipeline.parallel.rank import Rank
 from tests.faults.inject import Fault, inject
 from tests.ranks import RankFailed, run_ranks
 from tests.train.helpers import DEFAULT, config_of
-from train import agreement as ballot
+from train import agreement
+from train.attempt.claim import Invocation
 from train.main import train
 from train.trainer import Trainer
 
@@ -32,9 +33,9 @@ ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH, NUM_SAMPLES = 13, 203
 SMALL = (
     "data.dataset=synthetic",
-    "data.image_size=12",
-    f"data.synthetic_train_size={NUM_SAMPLES}",
-    "data.synthetic_eval_size=50",
+    "data.arguments.image_size=12",
+    f"data.arguments.train_size={NUM_SAMPLES}",
+    "data.arguments.validation_size=50",
     "data.global_batch_size=16",  # 13 steps an epoch, the last of 11 samples
     "train.epochs=2",
     "train.threads=1",  # as the forked ranks have: other numbers give other bits
@@ -82,7 +83,7 @@ def _train(rank: Rank, settings: tuple[str, ...], fault: Fault | None) -> str:
 
     def fit_and_show(self: Trainer) -> Any:
         outcome = fit(self)
-        weights.append(self.network.state_dict())
+        weights.append(self.model.state_dict())
         return outcome
 
     Trainer.fit = fit_and_show  # type: ignore[method-assign]
@@ -93,11 +94,12 @@ def _train(rank: Rank, settings: tuple[str, ...], fault: Fault | None) -> str:
 
 
 def train_as_rank(rank: Rank, settings: tuple[str, ...]) -> None:
-    ballot.VOTE_EVERY = 0.0  # steps are so short that the training would be over before it is asked
+    agreement.VOTE_EVERY = 0.0  # steps are so short that the training would be over before it is asked
     launch = Launch(rank.rank, rank.local_rank, rank.world_size, rank.local_world_size)
     with listen_for_stop() as stop:
-        session = train(config_of(*settings), CommandLine(DEFAULT, settings, False), launch, rank, stop, StartupTimer())
-    session.close()
+        call = Invocation(config_of(*settings), DEFAULT.stem, launch, ROOT)
+        attempt = train(call, rank, stop, StartupTimer())
+    attempt.close()
 
 
 def torchrun_command(folder: Path, world_size: int, *settings: str) -> list[str]:
@@ -131,17 +133,17 @@ def train_under_torchrun(folder: Path, world_size: int, *settings: str, fault: F
     return End(failure, time.monotonic() - began, output)
 
 
-def digest(folder: Path, name: str = "final.pt") -> str:
+def digest(folder: Path, which: str = "final") -> str:
     """SHA-256 of the weights, by name and shape; empty if there are none."""
-    path = folder / "run" / "model" / name
-    if not path.exists():
+    model = folder / "run" / "model"
+    if not (model / f"{which}.safetensors").exists():
         return ""
-    return digest_of(torch.load(path, weights_only=True))
+    return digest_of(Bundle.open(model).load_weights(which))
 
 
 def digest_of(weights: Mapping[str, torch.Tensor]) -> str:
     sha = hashlib.sha256()
-    for key, value in weights.items():
+    for key, value in sorted(weights.items()):
         sha.update(f"{key} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
     return sha.hexdigest()
 
@@ -164,9 +166,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 def differences(folder: Path, reference: Path) -> list[str]:
     """In what a training that was disturbed differs from one that was not."""
-    found = [
-        f"weights of {name}" for name in ("final.pt", "best.pt") if digest(folder, name) != digest(reference, name)
-    ]
+    found = [f"weights of {name}" for name in ("final", "best") if digest(folder, name) != digest(reference, name)]
     if history(folder) != history(reference):
         found.append("history")
     if state(folder).get("state") != "finished":

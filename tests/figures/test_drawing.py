@@ -1,12 +1,11 @@
-"""The figures of a run: what is drawn can be read, wrong input is named, an older file is never damaged."""
+"""The figures of a run: what is drawn can be read, and an older file is never damaged."""
 
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
-from pipeline.figures.drawing import draw_confusion_matrix, draw_filters, draw_learning_curves, draw_predictions
+from pipeline.figures.drawing import draw_confusion_matrix, draw_filters, draw_learning_curves, draw_predictions, smooth
 
 Array = NDArray[Any]
 History = dict[str, list[tuple[int, float]]]
@@ -85,7 +84,7 @@ def usual_curves(tmp_path_factory: pytest.TempPathFactory) -> Array:
     return pixels(path)
 
 
-def test_learning_curves_of_a_run_show_train_and_eval(usual_curves: Array) -> None:
+def test_learning_curves_of_a_run_show_training_and_validation(usual_curves: Array) -> None:
     assert share_of(usual_curves, BLUE) > 0.001 and share_of(usual_curves, VERMILLION) > 0.001
 
 
@@ -138,12 +137,25 @@ def test_the_best_evaluation_is_labelled_with_its_percentage_and_epoch(
     some = {"eval/accuracy": [(20, 0.5), (40, 0.9812), (60, 0.97)]}
     draw_learning_curves(some, tmp_path / "curves.png", title="a run", steps_per_epoch=20)
     labels = [str(line.get_label()) for ax in figures[0].axes for line in ax.lines]
-    assert "best eval 98.12% (epoch 2)" in labels
+    assert "best validation 98.12% (epoch 2)" in labels
 
 
-def test_no_steps_per_epoch_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="steps_per_epoch: given 0, accepted 1 or more"):
-        draw_learning_curves({}, tmp_path / "curves.png", title="a run", steps_per_epoch=0)
+def test_smoothing_takes_noise_away_and_shifts_nothing() -> None:
+    line = np.linspace(3, -1, 200)
+    assert np.allclose(smooth(line)[10:-10], line[10:-10])
+    assert np.allclose(smooth(np.full(200, 2.0)), 2.0)
+    noise = np.random.default_rng(0).normal(size=200)
+    assert smooth(noise).std() < 0.5 * noise.std()
+
+
+def test_a_loss_that_falls_far_is_drawn_on_a_log_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = record_figures(monkeypatch)
+    for last in (0.3, 0.1):
+        some = {"eval/loss": [(20, 1.0), (40, last)]}
+        draw_learning_curves(some, tmp_path / "curves.png", title="a run", steps_per_epoch=20)
+    axes = [figure.axes[0] for figure in figures]
+    assert [ax.get_yscale() for ax in axes] == ["linear", "log"]
+    assert [ax.get_title(loc="left") for ax in axes] == ["loss", "loss (log scale)"]
 
 
 # confusion matrix
@@ -173,6 +185,21 @@ def test_one_error_in_a_thousand_can_be_seen_beside_the_diagonal(tmp_path: Path)
     assert changed.sum() > 0.8 * cell**2
 
 
+def test_rows_are_true_classes_and_columns_predicted_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = record_figures(monkeypatch)
+    counts = np.zeros((3, 3), np.int64)
+    counts[0, 2] = 7  # of the first class, taken for the third
+    draw_confusion_matrix(counts, ["a", "b", "c"], tmp_path / "confusion.png", title="a run")
+    ax = figures[0].axes[0]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted class", "true class")
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["a", "b", "c"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b", "c"]
+    assert [text.get_position() for text in ax.texts if text.get_text() == "7"] == [(2, 0)]
+    errors = ax.images[1].get_array()
+    assert errors is not None and np.array_equal(np.ma.filled(errors, 0.0), counts / 7)
+    assert ax.get_ylim() == (2.5, -0.5)  # the first row on top
+
+
 def test_counts_and_recall_are_written_and_a_class_without_examples_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,26 +212,6 @@ def test_counts_and_recall_are_written_and_a_class_without_examples_has_none(
 
 def test_a_confusion_matrix_of_zeros_is_drawn(tmp_path: Path) -> None:
     pixels(draw_confusion_matrix(np.zeros((3, 3), np.int64), TEN[:3], tmp_path / "zeros.png", title="a run"))
-
-
-@pytest.mark.parametrize(
-    ("counts", "names", "message"),
-    [
-        (np.zeros((3, 4), np.int64), TEN[:3], r"int64 \[3, 4\], accepted integers \[C, C\]"),
-        (np.zeros(4, np.int64), TEN[:4], r"int64 \[4\], accepted integers \[C, C\]"),
-        (np.zeros((0, 0), np.int64), [], r"int64 \[0, 0\], accepted integers \[C, C\], C >= 1"),
-        (np.zeros((2, 2)), TEN[:2], r"float64 \[2, 2\], accepted integers \[C, C\]"),
-        (np.array([[1, -1], [0, 1]]), TEN[:2], "none negative"),
-        (np.eye(4, dtype=np.int64), TEN[:3], r"class_names: given 3 names, accepted \[C\], C = 4"),
-    ],
-    ids=["not square", "one dimension", "no class", "not integers", "negative", "names"],
-)
-def test_a_wrong_confusion_matrix_is_refused_by_its_shape(
-    tmp_path: Path, counts: Array, names: list[str], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        draw_confusion_matrix(counts, names, tmp_path / "confusion.png", title="a run")
-    assert not list(tmp_path.iterdir())
 
 
 # predictions
@@ -254,29 +261,6 @@ def test_three_channels_are_drawn_in_colour_and_other_numbers_by_their_first(tmp
     assert share_of(first, (200, 200, 200)) > 0.1
 
 
-@pytest.mark.parametrize(
-    ("at", "value", "message"),
-    [
-        (0, np.zeros((4, 8, 8), np.uint8), r"given uint8 \[4, 8, 8\], accepted uint8 \[N, C, H, W\]"),
-        (0, np.zeros((4, 1, 28, 28)), r"images: given float64 \[4, 1, 28, 28\], accepted uint8"),
-        (0, np.zeros((4, 0, 28, 28), np.uint8), r"images: given uint8 \[4, 0, 28, 28\]"),
-        (0, np.zeros((65, 1, 8, 8), np.uint8), r"images: given uint8 \[65, 1, 8, 8\], accepted .* N <= 64"),
-        (1, np.zeros(3, np.int64), r"labels: given int64 \[3\], accepted \[N\], N = 4"),
-        (2, np.zeros((4, 1), np.int64), r"predicted: given int64 \[4, 1\], accepted \[N\], N = 4"),
-        (3, np.zeros((4, 10)), r"confidence: given float64 \[4, 10\], accepted \[N\], N = 4"),
-        (1, np.array([0, 1, 2, 10]), "class index: given 10, accepted 0 to 9"),
-        (2, np.array([0, 1, -1, 2]), "class index: given -1, accepted 0 to 9"),
-    ],
-)
-def test_wrong_predictions_are_refused_by_shape(tmp_path: Path, at: int, value: Array, message: str) -> None:
-    given = (value if place == at else right for place, right in enumerate(predictions(4)))
-    images, labels, predicted, confidence = given
-    path = tmp_path / "predictions.png"
-    with pytest.raises(ValueError, match=message):
-        draw_predictions(images, labels, predicted, confidence, TEN, path, title="a run")
-    assert not list(tmp_path.iterdir())
-
-
 # filters
 
 
@@ -316,13 +300,6 @@ def test_filters_without_any_weight_get_a_scale_around_zero(
     figures = record_figures(monkeypatch)
     pixels(draw_filters(np.full((3, 2, 3, 3), value), tmp_path / "filters.png", title="a run"))
     assert figures[0].axes[0].images[0].get_clim() == (-1.0, 1.0)
-
-
-@pytest.mark.parametrize("shape", [(3, 3), (0, 1, 3, 3), (4, 1, 3, 3, 3)], ids=str)
-def test_wrong_filters_are_refused_by_their_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    message = re.escape(f"weight: given float64 {list(shape)}, accepted [out, in, kh, kw]")
-    with pytest.raises(ValueError, match=message):
-        draw_filters(np.zeros(shape), tmp_path / "filters.png", title="a run")
 
 
 # all of them
@@ -368,8 +345,8 @@ def test_a_drawing_that_fails_leaves_the_older_file_as_it_was(
     path = tmp_path / "figure.png"
     path.write_bytes(b"older")
 
-    def disk_full(figure: Figure, name: Path, **options: Any) -> None:
-        Path(name).write_bytes(b"half of it")
+    def disk_full(figure: Figure, file: IO[bytes], **options: Any) -> None:
+        file.write(b"half of it")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", disk_full)

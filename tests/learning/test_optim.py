@@ -1,10 +1,9 @@
-"""Optimizers are built as set, and learning rates are those of torch's schedulers, as a function of the step."""
+"""Optimizers are built as set, and learning rates are those of torch's schedulers, as functions of the step."""
 
 from __future__ import annotations
 
 import math
 import random
-from dataclasses import FrozenInstanceError
 from typing import Any, Literal
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 from torch import nn, optim
 from torch.optim import lr_scheduler
 
-from pipeline.config import OptimConfig
-from pipeline.learning.optim import Schedule, build_optimizer, set_lr
+from pipeline.config.schema import OptimConfig
+from pipeline.learning.optim import Schedule, build_optimizer
 
 ScheduleName = Literal["constant", "step", "cosine", "one_cycle"]
 
@@ -43,14 +42,14 @@ def weights() -> nn.Parameter:
 )
 def test_an_optimizer_is_torchs_with_the_arguments_set(config: OptimConfig, expected: optim.Optimizer) -> None:
     parameter = weights()
-    built = build_optimizer(config, [parameter])
+    built = build_optimizer(config, [{"params": [parameter]}])
     assert isinstance(built, type(expected))
     assert type(built).__name__ == type(expected).__name__
     assert [group["params"] for group in built.param_groups] == [[parameter]]
 
     def settings(optimizer: optim.Optimizer) -> dict[str, Any]:
-        ways = ("params", "fused", "foreach")  # the latter two are how it is executed
-        return {key: value for key, value in optimizer.param_groups[0].items() if key not in ways}
+        other = ("params", "initial_lr", "fused", "foreach")  # the latter two are how it is executed
+        return {key: value for key, value in optimizer.param_groups[0].items() if key not in other}
 
     assert settings(built) == settings(expected)
 
@@ -62,12 +61,12 @@ def test_the_fast_form_of_an_optimizer_computes_what_the_plain_one_does(name: An
     results = []
     for plain in (False, True):
         parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
-        optimizer = build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.01), [parameter])
+        optimizer = build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.01), [{"params": [parameter]}])
         if plain:
             optimizer.param_groups[0] |= {"fused": False, "foreach": False}
         for step, gradient in enumerate(gradients):
             parameter.grad = gradient.clone()
-            set_lr(optimizer, 0.1 / (1 + step))
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
             optimizer.step()
         results.append(parameter.detach())
     assert not torch.equal(results[0], torch.ones(3, dtype=torch.float64))
@@ -79,15 +78,25 @@ def test_weight_decay_is_decoupled_with_adamw_only() -> None:
     for name in ("adam", "adamw"):
         parameter = weights()
         parameter.grad = torch.zeros(3)
-        build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.5), [parameter]).step()
+        build_optimizer(OptimConfig(name=name, lr=0.1, weight_decay=0.5), [{"params": [parameter]}]).step()
         shrunk[name] = parameter[0].item()
     assert shrunk["adamw"] == pytest.approx(1 - 0.1 * 0.5, rel=1e-6)
     assert shrunk["adam"] == pytest.approx(1 - 0.1, rel=1e-6)  # Adam's first step is the sign of the gradient
 
 
+def test_a_group_without_settings_of_its_own_has_those_of_the_config() -> None:
+    plain, own = weights(), weights()
+    groups: list[dict[str, Any]] = [{"params": [plain]}, {"params": [own], "lr": 0.5, "weight_decay": 0.0}]
+    optimizer = build_optimizer(OptimConfig(name="sgd", lr=0.1, momentum=0.9, weight_decay=0.01), groups)
+    found = [(g["params"], g["lr"], g["initial_lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert found == [([plain], 0.1, 0.1, 0.01), ([own], 0.5, 0.5, 0.0)]
+    assert set(optimizer.state) == {plain, own}
+
+
 def curve(name: ScheduleName, total_steps: int, *, steps_per_epoch: int = 10, **settings: Any) -> list[float]:
-    schedule = Schedule(OptimConfig(schedule=name, **settings), steps_per_epoch, total_steps)
-    return [schedule.lr(step) for step in range(total_steps)]
+    config = OptimConfig(schedule=name, **settings)
+    schedule = Schedule(config, steps_per_epoch, total_steps)
+    return [config.lr * schedule.factor(step) for step in range(total_steps)]
 
 
 def curve_of(scheduler_class: Any, num_steps: int, lr: float, **arguments: Any) -> list[float]:
@@ -112,9 +121,9 @@ def test_step_falls_by_gamma_every_so_many_epochs() -> None:
 
 
 def test_cosine_at_points_computed_by_hand() -> None:
-    schedule = Schedule(OptimConfig(schedule="cosine", lr=2), 10, 100)
-    points = {0: 2.0, 25: 1 + math.sqrt(0.5), 50: 1.0, 75: 1 - math.sqrt(0.5), 100: 0.0}
-    assert {step: schedule.lr(step) for step in points} == pytest.approx(points, rel=1e-15, abs=1e-15)
+    schedule = Schedule(OptimConfig(schedule="cosine"), 10, 100)
+    points = {0: 1.0, 25: (1 + math.sqrt(0.5)) / 2, 50: 0.5, 75: (1 - math.sqrt(0.5)) / 2, 100: 0.0}
+    assert {step: schedule.factor(step) for step in points} == pytest.approx(points, rel=1e-15, abs=1e-15)
 
 
 def test_one_cycle_at_points_computed_by_hand() -> None:
@@ -177,9 +186,9 @@ def test_a_warmup_longer_than_the_first_fall_of_a_step_schedule_reaches_lr_too()
 
 
 def test_cosine_after_a_warmup_falls_over_the_steps_that_remain() -> None:
-    schedule = Schedule(OptimConfig(schedule="cosine", lr=2, warmup=20), 10, 100)
-    assert schedule.lr(60) == pytest.approx(1.0, rel=1e-15)
-    assert schedule.lr(100) == pytest.approx(0.0, abs=1e-15)
+    schedule = Schedule(OptimConfig(schedule="cosine", warmup=20), 10, 100)
+    assert schedule.factor(60) == pytest.approx(0.5, rel=1e-15)
+    assert schedule.factor(100) == pytest.approx(0.0, abs=1e-15)
 
 
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "one_cycle"])
@@ -194,26 +203,17 @@ def test_short_trainings_have_a_rate_between_0_and_lr_at_every_step(
 
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "one_cycle"])
 def test_the_rate_is_a_function_of_the_step_alone(name: ScheduleName) -> None:
-    config = OptimConfig(schedule=name, lr=0.3, warmup=7)
-    schedule = Schedule(config, 10, 90)
-    in_order = [schedule.lr(step) for step in range(90)]
+    schedule = Schedule(OptimConfig(schedule=name, warmup=7), 10, 90)
     steps = random.Random(0).sample(range(90), 90)
-    shuffled = {step: schedule.lr(step) for step in steps}
-    anew = [Schedule(config, 10, 90).lr(step) for step in range(90)]
-    assert in_order == [shuffled[step] for step in range(90)] == anew
-
-
-def test_a_schedule_has_no_state_to_change() -> None:
-    schedule, field = Schedule(OptimConfig(), 1, 1), "total_steps"
-    with pytest.raises(FrozenInstanceError):
-        setattr(schedule, field, 2)
+    shuffled = {step: schedule.factor(step) for step in steps}
+    assert [schedule.factor(step) for step in range(90)] == [shuffled[step] for step in range(90)]
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_first_step_that_loss_scaling_skips_leaves_momentum_at_zero(nesterov: bool) -> None:
     parameter = nn.Parameter(torch.ones(1000))
     config = OptimConfig(name="sgd", lr=0.1, momentum=0.9, nesterov=nesterov)
-    optimizer = build_optimizer(config, [parameter])
+    optimizer = build_optimizer(config, [{"params": [parameter]}])
     parameter.grad = torch.full((1000,), float("inf"))
     # what torch.amp.GradScaler sets when a gradient overflowed
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)  # type: ignore[attr-defined]

@@ -1,14 +1,15 @@
-"""Runs as they are recorded, and a page as a browser takes it apart."""
+"""Recorded runs, and pages as a browser takes them apart."""
 
 from __future__ import annotations
 
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipeline.__main__ import main
 from pipeline.run.folder import RunFolder
 from pipeline.run.journal import Journal
+from pipeline.run.records import Record
 
 EPOCHS, STEPS = 4, 50
 
@@ -22,24 +23,29 @@ def record_run(
     num_eval: int = 200,
     dataset: str = "digits",
 ) -> RunFolder:
-    """A run of four epochs of 50 steps; `accuracy` is that of its last evaluation, each before was 0.05 lower."""
+    """Record a run of four epochs of 50 steps; `accuracy` is the last one, each before was 0.05 lower."""
     folder = RunFolder(path)
     journal = Journal(folder.journal)
     settings = {"run.name": path.name, "data.dataset": dataset, "optim.lr": 0.5, "loss": "nll", "train.epochs": EPOCHS}
-    journal.append("run", run_id=path.name, name=path.name, experiment="test", tracking_uri="unused", timestamp_ms=0)
-    journal.append("params", values=settings | (params or {}) | {"steps_per_epoch": STEPS})
-    journal.append("tags", values={"world_size": "2", "device": "cpu", "host": "here"})
-    journal.append("dataset", name=dataset, digest="d", source="s", num_train=1600, num_eval=num_eval)
-    journal.append("status", state=states[0], timestamp_ms=1_000)
+    origin = {"run_id": path.name, "name": path.name, "experiment": "test", "tracking_uri": "unused"}
+    append(journal, "run", **origin, timestamp_ms=0)
+    append(journal, "params", values=settings | {"steps_per_epoch": STEPS} | (params or {}))
+    append(journal, "tags", values={"world_size": "2", "device": "cpu", "host": "here"})
+    append(journal, "dataset", name=dataset, digest="d", source="s", num_train=1600, num_eval=num_eval)
+    append(journal, "status", state=states[0], timestamp_ms=1_000)
     for step in range(10, EPOCHS * STEPS + 1, 10):
         journal.metrics({"train/loss": 10 / step, "perf/images_per_second": 1000.0, "time/forward_ms": 2.5}, step)
         if step % STEPS == 0:
             before = EPOCHS - step // STEPS
             journal.metrics({"eval/accuracy": accuracy - 0.05 * before, "eval/loss": 1 / step}, step)
     for state in states[1:]:
-        journal.append("status", state=state, timestamp_ms=2_000)
+        append(journal, "status", state=state, timestamp_ms=2_000)
     journal.close()
     return folder
+
+
+def append(journal: Journal, kind: str, **fields: Any) -> None:
+    journal.append(cast(Record, {"kind": kind, **fields}))
 
 
 def make_report(tmp_path: Path, *folders: RunFolder) -> str:

@@ -16,15 +16,19 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config.schema import CheckpointConfig
 from pipeline.run.checkpoint import (
     Best,
     CheckpointError,
     Checkpoints,
     Position,
+    RunIdentity,
     TrainingState,
+    is_better,
     load_checkpoint,
-    save_atomically,
 )
+from pipeline.run.folder import RunFolder
+from tests.base.disk import record_disk
 
 FILES = ("model.pt", "training.pt", "position.json", "manifest.json")
 
@@ -33,17 +37,20 @@ def state_at(step: int, **changes: Any) -> TrainingState:
     contents: dict[str, Any] = {
         "position": Position(epoch=2, samples_seen=96, global_step=step),
         "best": Best(0.75, 3),
-        "run_id": "0123abc",
+        "identity": RunIdentity("0123abc", {"optim.lr": 0.1, "data.mean": [0.5]}, "d1", {"name": "convnet"}),
         "model": {"weight": torch.full((2, 3), float(step)), "count": torch.tensor(step)},
-        "optimizer": {"state": {0: {"step": torch.tensor(4.0), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1}]},
-        "scaler": {"scale": 65536.0, "_growth_tracker": 3},
-        "meter": {"sums": [[0.1, 3.0]], "count": 5},
+        "update": {
+            "optimizer": {"state": {0: {"step": torch.tensor(4.0), "exp_avg": torch.ones(2)}}},
+            "scaler": {"scale": 65536.0, "_growth_tracker": 3},
+            "skipped": 2.0,
+        },
+        "recording": {"sums": [[0.1, 3.0]], "count": 5},
     }
     return TrainingState(**(contents | changes))
 
 
-def checkpoints_in(folder: Path, keep: int = 100, keep_best: int = 0, higher_is_better: bool = True) -> Checkpoints:
-    return Checkpoints(folder, keep=keep, keep_best=keep_best, higher_is_better=higher_is_better)
+def checkpoints_in(folder: Path, keep: int = 100, keep_best: int = 0, metric: Any = "eval/accuracy") -> Checkpoints:
+    return Checkpoints(CheckpointConfig(keep=keep, keep_best=keep_best, metric=metric), RunFolder(folder.parent))
 
 
 @pytest.fixture
@@ -98,29 +105,30 @@ def test_a_round_trip_is_bit_exact(folder: Path) -> None:
         "empty": torch.zeros(0, 3),
         "strided": torch.randn(2, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last),
     }
-    meter = {"sums": [[0.1 + 0.2, math.nan], [-0.0, 1e-320]], "count": 2**60}
-    state = state_at(2**40, model=model, meter=meter, best=Best(0.1 + 0.2, 7))
+    recording = {"sums": [[0.1 + 0.2, math.nan], [-0.0, 1e-320]], "count": 2**60}
+    state = state_at(2**40, model=model, recording=recording, best=Best(0.1 + 0.2, 7))
     path = checkpoints_in(folder).save(state, 0.3)
     assert_same_state(load_checkpoint(path), state)
     assert load_checkpoint(path).model["strided"].stride() == model["strided"].stride()
 
 
-def test_an_optimizer_goes_on_with_the_same_bits(folder: Path) -> None:
+def test_an_optimizer_continues_with_the_same_bits(folder: Path) -> None:
     def steps(optimizer: torch.optim.Optimizer, weights: torch.Tensor, count: int) -> None:
         for number in range(count):
             weights.grad = torch.full((3,), 0.1 * (number + 1))
             optimizer.step()
 
     weights = torch.ones(3, requires_grad=True)
-    optimizer = torch.optim.Adam([weights], lr=0.1)
+    optimizer = torch.optim.AdamW([weights], lr=0.1)
     steps(optimizer, weights, 3)
-    saved = state_at(3, model={"weights": weights.detach().clone()}, optimizer=optimizer.state_dict())
-    loaded = load_checkpoint(checkpoints_in(folder).save(saved))
+    update = {"optimizer": optimizer.state_dict()}
+    path = checkpoints_in(folder).save(state_at(3, model={"weights": weights.detach().clone()}, update=update))
     steps(optimizer, weights, 2)
 
+    loaded = load_checkpoint(path)
     resumed = loaded.model["weights"].requires_grad_()
-    optimizer_resumed = torch.optim.Adam([resumed], lr=0.1)
-    optimizer_resumed.load_state_dict(loaded.optimizer)
+    optimizer_resumed = torch.optim.AdamW([resumed], lr=0.1)
+    optimizer_resumed.load_state_dict(loaded.update["optimizer"])
     steps(optimizer_resumed, resumed, 2)
     assert_same(resumed.detach(), weights.detach())
     assert_same(optimizer_resumed.state_dict(), optimizer.state_dict())
@@ -144,13 +152,16 @@ def test_a_checkpoint_is_a_folder_of_the_documented_files(folder: Path) -> None:
         "samples_seen": 96,
         "global_step": 450,
         "best": {"value": 0.75, "global_step": 3},
-        "run_id": "0123abc",
+        "identity": {
+            "run_id": "0123abc",
+            "config": {"optim.lr": 0.1, "data.mean": [0.5]},
+            "dataset_digest": "d1",
+            "model": {"name": "convnet"},
+        },
         "value": 0.9,
-        "config": {},
-        "dataset_digest": "",
     }
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     assert manifest["files"] == {
         name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name in FILES[:3]
@@ -243,12 +254,12 @@ def test_a_garbled_manifest_is_found(folder: Path, content: bytes) -> None:
     refuse(path, "manifest")
 
 
-@pytest.mark.parametrize("version", [0, 1, "2", None])
+@pytest.mark.parametrize("version", [0, 1, 2, "3", None])
 def test_another_format_is_named(folder: Path, version: object) -> None:
     path = checkpoints_in(folder).save(state_at(1))
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": version}))
-    refuse(path, f"format {version}", "reads format 2")
+    refuse(path, f"format {version}", "reads format 3")
 
 
 def test_no_folder_is_a_checkpoint_error_too(folder: Path) -> None:
@@ -341,13 +352,13 @@ def kept_steps(folder: Path, values: list[float | None], **policy: Any) -> list[
         ([0.5, 0.9, 0.6, 0.7, 0.8], {"keep": 2}, [4, 5]),
         ([0.5, 0.9, 0.6, 0.7, 0.8], {"keep": 2, "keep_best": 1}, [2, 4, 5]),
         ([0.5, 0.9, 0.6, 0.7, 0.8], {"keep": 1, "keep_best": 3}, [2, 4, 5]),
-        ([0.5, 0.9, 0.6, 0.7, 0.8], {"keep": 1, "keep_best": 2, "higher_is_better": False}, [1, 3, 5]),
-        ([0.5, 0.1, 0.6, 0.7], {"keep": 1, "keep_best": 1, "higher_is_better": False}, [2, 4]),
+        ([0.5, 0.9, 0.6, 0.7, 0.8], {"keep": 1, "keep_best": 2, "metric": "eval/loss"}, [1, 3, 5]),
+        ([0.5, 0.1, 0.6, 0.7], {"keep": 1, "keep_best": 1, "metric": "eval/loss"}, [2, 4]),
         ([0.5, 0.6, 0.7, 0.9], {"keep": 1, "keep_best": 1}, [4]),  # the best may be among the recent
         ([0.9, 0.5, 0.7, 0.6], {"keep": 3, "keep_best": 1}, [1, 2, 3, 4]),
         ([0.2, None, None, None], {"keep": 1, "keep_best": 1}, [1, 4]),
         ([0.0, None, None, None], {"keep": 1, "keep_best": 1}, [1, 4]),
-        ([9.0, None, None, None], {"keep": 1, "keep_best": 1, "higher_is_better": False}, [1, 4]),
+        ([9.0, None, None, None], {"keep": 1, "keep_best": 1, "metric": "eval/loss"}, [1, 4]),
         ([None, 0.2, None, 0.1, None], {"keep": 1, "keep_best": 2}, [2, 4, 5]),
     ],
 )
@@ -357,9 +368,28 @@ def test_the_recent_and_the_best_are_kept(
     assert kept_steps(folder, values, **policy) == expected
 
 
+@pytest.mark.parametrize(
+    ("metric", "value", "than", "expected"),
+    [
+        ("eval/accuracy", 0.6, 0.5, True),
+        ("eval/accuracy", 0.5, 0.6, False),
+        ("eval/accuracy", 0.5, 0.5, False),
+        ("eval/loss", 0.5, 0.6, True),
+        ("eval/loss", 0.6, 0.5, False),
+        ("eval/loss", math.nan, 0.5, False),
+        ("eval/loss", 0.5, math.nan, True),
+        ("eval/accuracy", math.nan, math.nan, False),
+    ],
+)
+def test_a_higher_accuracy_and_a_lower_loss_are_better_and_nan_is_better_than_nothing(
+    metric: str, value: float, than: float, expected: bool
+) -> None:
+    assert is_better(metric, value, than) is expected
+
+
 @pytest.mark.parametrize("values", [[0.5, math.nan, math.nan, 0.6], [0.5, 0.6, math.nan, 0.7]])
 def test_a_checkpoint_whose_value_is_not_a_number_is_never_the_best(folder: Path, values: list[float | None]) -> None:
-    assert kept_steps(folder, values, keep=1, keep_best=1, higher_is_better=False) == [1, 4]
+    assert kept_steps(folder, values, keep=1, keep_best=1, metric="eval/loss") == [1, 4]
 
 
 def test_a_checkpoint_written_after_a_fall_back_outlives_the_damaged_later_one(folder: Path) -> None:
@@ -375,11 +405,30 @@ def test_a_checkpoint_written_after_a_fall_back_outlives_the_damaged_later_one(f
 def test_saving_over_a_step_replaces_it(folder: Path) -> None:
     checkpoints = checkpoints_in(folder)
     checkpoints.save(state_at(1), 0.1)
-    again = state_at(1, run_id="second", model={"other": torch.ones(5)})
+    again = state_at(1, identity=RunIdentity("second"), model={"other": torch.ones(5)})
     path = checkpoints.save(again, 0.2)
     assert list(folder.iterdir()) == [path]
     assert_same_state(load_checkpoint(path), again)
     assert json.loads((path / "position.json").read_text())["value"] == 0.2
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(
+    folder: Path, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power failure a renamed folder may hold empty files otherwise."""
+    if again:
+        checkpoints_in(folder).save(state_at(5))
+    events = record_disk(monkeypatch)
+    path = checkpoints_in(folder).save(state_at(5))
+    files = {("fsync", name, (path / name).stat().st_size) for name in FILES}
+    assert set(events[:4]) == files
+    assert events[4:] == [
+        ("fsync", f".writing-{path.name}", 0),
+        *([("rename", path.name, f"{path.name}.old")] if again else []),
+        ("rename", f".writing-{path.name}", path.name),
+        ("fsync", folder.name, 0),
+    ]
 
 
 class Killed(BaseException):
@@ -409,18 +458,14 @@ def kill_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         pytest.param([1], 1, id="next-step"),
         pytest.param([1, 2], 2, id="same-step-again"),
-        pytest.param(
-            [2],
-            1,
-            id="same-step-again-keep-1",
-        ),
+        pytest.param([2], 1, id="same-step-again-keep-1"),
     ],
 )
 def test_killed_at_any_point_of_a_save_there_is_a_checkpoint_to_go_on_from(
     folder: Path, before: list[int], keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = [state_at(step) for step in before]
-    new = state_at(2, run_id="new")
+    new = state_at(2, identity=RunIdentity("new"))
     for number in range(1, 50):
         shutil.rmtree(folder, ignore_errors=True)
         for state in old:
@@ -435,11 +480,11 @@ def test_killed_at_any_point_of_a_save_there_is_a_checkpoint_to_go_on_from(
                 died = False
         loaded = checkpoints_in(folder, keep).load_latest()
         assert loaded is not None, f"killed at operation {number}"
-        assert (loaded.position.global_step, loaded.run_id) in {
-            (state.position.global_step, state.run_id) for state in (*old, new)
+        assert (loaded.position.global_step, loaded.identity.run_id) in {
+            (state.position.global_step, state.identity.run_id) for state in (*old, new)
         }
         if not died:
-            assert loaded.run_id == "new"
+            assert loaded.identity.run_id == "new"
             assert number > 5  # the test did kill at operations
             return
     pytest.fail("the save did not come to its end")
@@ -471,19 +516,3 @@ def test_code_in_a_checkpoint_is_refused_and_not_executed(folder: Path, tmp_path
     assert not marker.exists()
     torch.load(path / name, weights_only=False)  # the exploit is one
     assert marker.exists()
-
-
-def test_an_atomic_write_leaves_what_was_there_if_it_fails(tmp_path: Path) -> None:
-    path = tmp_path / "model" / "best.pt"
-    save_atomically(path, {"weight": torch.ones(2)})
-    with pytest.raises(Exception, match="pickle"):
-        save_atomically(path, {"weight": torch.zeros(2), "code": lambda: None})
-    assert_same(torch.load(path, weights_only=True), {"weight": torch.ones(2)})
-    save_atomically(path, {"weight": torch.zeros(2)})
-    assert_same(torch.load(path, weights_only=True), {"weight": torch.zeros(2)})
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_an_atomic_write_of_json(tmp_path: Path) -> None:
-    save_atomically(tmp_path / "a.json", {"a": [1, None]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}

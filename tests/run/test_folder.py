@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,10 +18,9 @@ import pytest
 
 from pipeline.base.credentials import without_credentials
 from pipeline.base.files import locked
-from pipeline.config import CommandLine, Config, load_config
-from pipeline.run.folder import RunError, RunFolder, choose_run, slurm_run_name
-from pipeline.run.locks import is_being_trained, training_lock
-from pipeline.run.resume import IDENTITY, changes, check_resumable
+from pipeline.config import FIELDS, CommandLine, Config, load_config, may_change
+from pipeline.run.folder import RunError, RunFolder, choose_run, is_being_trained, slurm_run_name, training_lock
+from pipeline.run.resume import changes, check_format, check_resumable, check_same_training
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
 FORK = multiprocessing.get_context("fork")
@@ -163,26 +162,26 @@ def test_resume_allows_or_refuses(
 ANOTHER = {
     "run.seed": "7",
     "data.dataset": "synthetic",
-    "train.reproducible": "true",
+    "data.arguments.size": "20",
     "data.image_size": "32",
     "data.mean": "0.25",
     "data.std": "0.25",
+    "data.augment.flip": "true",
     "data.global_batch_size": "64",
-    "data.synthetic_train_size": "100",
-    "data.synthetic_eval_size": "100",
-    "data.synthetic_channels": "3",
-    "data.synthetic_classes": "7",
     "model.name": "net_conv10_20",
-    "model.dropout": "0.5",
-    "model.dropout2d": "0.5",
+    "model.arguments.dropout": "0.5",
     "loss": "mse",
     "optim.name": "adam",
+    "optim.momentum": "0.9",
+    "optim.nesterov": "true",
+    "train.reproducible": "true",
     "checkpoint.metric": "eval/loss",
 }
 
 
-def test_every_identity_key_is_tried_below() -> None:
-    assert set(ANOTHER) == set(IDENTITY)
+def test_every_key_that_a_resumed_run_may_not_change_is_tried_below() -> None:
+    tried = {key if key in FIELDS else key.rpartition(".")[0] for key in ANOTHER}
+    assert tried == {key for key in FIELDS if not may_change(key, reproducible=False)}
 
 
 @pytest.mark.parametrize(("key", "value"), ANOTHER.items())
@@ -193,9 +192,99 @@ def test_another_training_in_the_same_folder_is_refused(tmp_path: Path, key: str
     with pytest.raises(RunError) as caught:
         check_resumable(folder, now, has_checkpoint=True)
     message = str(caught.value)
+    was, is_now = (json.loads(json.dumps(config.flat().get(key, "not set"))) for config in (before, now))
     assert "run mine is another training" in message
-    assert f": {key} was {before.get(key)}, is {now.get(key)}. Choose another run.name" in message
+    assert f": {key} was {was}, is {is_now}. Choose another run.name" in message
     assert str(folder.config) in message
+    with pytest.raises(RunError, match=rf"of another training: {key} was ") as caught:
+        check_same_training(folder, now, json.loads(json.dumps(before.flat())), "same", "same")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("model.arguments.dropout=0.3",), "model.arguments.dropout was 0.5, is 0.3"),
+        (("model.arguments={}",), "model.arguments.dropout was 0.5, is not set"),
+        (("model.arguments.dropout2d=0.1",), "model.arguments.dropout2d was not set, is 0.1"),
+    ],
+)
+def test_arguments_are_compared_one_by_one(tmp_path: Path, settings: tuple[str, ...], message: str) -> None:
+    begin = "model.arguments.dropout=0.5"
+    folder, before, now = begun(tmp_path, begin), config_of(begin), config_of(begin, *settings)
+    checks: list[Callable[[], None]] = [
+        lambda: check_resumable(folder, now, has_checkpoint=True),
+        lambda: check_same_training(folder, now, before.flat(), "same", "same"),
+    ]
+    for check in checks:
+        with pytest.raises(RunError) as caught:
+            check()
+        assert f"another training: {message}. Choose another" in str(caught.value)
+    check_resumable(folder, config_of("model.arguments.dropout=0.5"), has_checkpoint=True)
+
+
+@pytest.mark.parametrize("setting", ["train.threads=1", "train.precision=bf16", "train.virtual_ranks=4"])
+def test_what_changes_the_last_bits_only_may_change_unless_the_run_is_reproducible(
+    tmp_path: Path, setting: str
+) -> None:
+    check_resumable(begun(tmp_path / "usual"), config_of(setting), has_checkpoint=True)
+    folder = begun(tmp_path / "reproducible", "train.reproducible=true")
+    with pytest.raises(RunError, match=setting.partition("=")[0]):
+        check_resumable(folder, config_of("train.reproducible=true", setting), has_checkpoint=True)
+
+
+def test_a_checkpoint_of_a_version_with_other_keys_is_compared_by_the_keys_that_both_know(tmp_path: Path) -> None:
+    config, folder = config_of(), RunFolder(tmp_path / "mine")
+    saved = {key: value for key, value in config.flat().items() if key != "data.image_size"} | {"data.shape": 3}
+    check_same_training(folder, config, saved, "same", "same")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {name: mine}\ndata: {synthetic_train_size: 5}\n", "an earlier version of Convoy (format 1)"),
+        ("format: 1\nrun: {name: mine}\n", "an earlier version of Convoy (format 1)"),
+        ("format: 3\nrun: {name: mine}\n", "a later version of Convoy (format 3)"),
+    ],
+)
+@pytest.mark.parametrize("settings", [(), ("run.seed=7",), ("run.resume=must",), ("run.resume=never",)])
+def test_a_run_of_another_version_is_refused_before_anything_else_is_said(
+    tmp_path: Path, text: str, message: str, settings: tuple[str, ...]
+) -> None:
+    folder = begun(tmp_path)
+    folder.config.write_text(text)
+    expected = (
+        f"run mine was begun by {message}, this one writes format 2: finish it with that version, or choose another "
+        "run.name"
+    )
+    checks: list[Callable[[], None]] = [
+        lambda: check_format(folder),
+        lambda: check_resumable(folder, config_of(*settings), has_checkpoint=False),
+    ]
+    for check in checks:
+        with pytest.raises(RunError) as caught:
+            check()
+        assert str(caught.value) == expected
+
+
+def test_a_run_of_this_version_and_a_new_one_have_the_right_format(tmp_path: Path) -> None:
+    check_format(RunFolder(tmp_path / "nowhere"))
+    check_format(begun(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "just a text", "run: {", "- run", "format: 2\nrun: {seed: much}", "format: 2\nx: 1"]
+)
+def test_a_damaged_config_of_a_run_is_named(tmp_path: Path, text: str) -> None:
+    folder = begun(tmp_path)
+    folder.config.write_text(text)
+    with pytest.raises(RunError, match=r"mine/config\.yaml is not a config of this version, mend it or choose another"):
+        check_resumable(folder, config_of(), has_checkpoint=True)
+
+
+def test_keys_of_other_versions_in_the_config_of_a_run_are_passed_over(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    folder.config.write_text("format: 2\ndata: {shape: 3}\n" + "train: {log_every: 7}\n")
+    assert changes(folder, config_of()) == [("train.log_every", 7, 10)]
 
 
 def test_all_that_makes_it_another_training_is_named(tmp_path: Path) -> None:

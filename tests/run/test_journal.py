@@ -17,7 +17,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric
 
-from pipeline.run.journal import Journal, clean_name, iterate, read_journal
+from pipeline.run.journal import Journal, clean_name, iterate, metric_records, read_journal
+from tests.records import run_record
 
 FORK = multiprocessing.get_context("fork")
 
@@ -46,22 +47,23 @@ def test_a_metric_is_one_line_of_exactly_the_documented_fields(path: Path) -> No
     first, second = records_of(path)
     assert before <= first["timestamp_ms"] <= after
     stamp = {"timestamp_ms": first["timestamp_ms"]}
-    assert first == {"v": 1, "kind": "metric", "key": "train/loss", "value": 0.1 + 0.2, "step": 450} | stamp
-    assert second == {"v": 1, "kind": "metric", "key": "eval/accuracy", "value": 1.0, "step": 450} | stamp
+    assert first == {"v": 2, "kind": "metric", "key": "train/loss", "value": 0.1 + 0.2, "step": 450} | stamp
+    assert second == {"v": 2, "kind": "metric", "key": "eval/accuracy", "value": 1.0, "step": 450} | stamp
     assert [type(second[name]) for name in ("value", "step", "timestamp_ms")] == [float, int, int]
 
 
 def test_other_records_hold_version_kind_and_their_fields(path: Path) -> None:
     journal = Journal(path)
-    journal.append("params", values={"optim.lr": 0.1, "run.name": None, "data.mean": (0.5, 0.25)})
-    journal.append("tags", values={"quote": 'a "b"\n\r\u2028é\\'})
-    journal.append("status", state="running")
-    assert records_of(path) == [
-        {"v": 1, "kind": "params", "values": {"optim.lr": 0.1, "run.name": None, "data.mean": [0.5, 0.25]}},
-        {"v": 1, "kind": "tags", "values": {"quote": 'a "b"\n\r\u2028é\\'}},
-        {"v": 1, "kind": "status", "state": "running"},
+    journal.append({"kind": "params", "values": {"optim.lr": 0.1, "run.name": None, "data.mean": (0.5, 0.25)}})
+    journal.append({"kind": "tags", "values": {"quote": 'a "b"\n\r\u2028é\\'}})
+    journal.append({"kind": "status", "state": "running", "timestamp_ms": 5})
+    expected: list[dict[str, Any]] = [
+        {"kind": "params", "values": {"optim.lr": 0.1, "run.name": None, "data.mean": [0.5, 0.25]}},
+        {"kind": "tags", "values": {"quote": 'a "b"\n\r\u2028é\\'}},
+        {"kind": "status", "state": "running", "timestamp_ms": 5},
     ]
-    assert read_journal(path) == (records_of(path), path.stat().st_size)
+    assert records_of(path) == [{"v": 2, **record} for record in expected]
+    assert read_journal(path) == (expected, path.stat().st_size)
 
 
 def test_a_record_is_on_disk_for_readers_at_once(path: Path) -> None:
@@ -79,19 +81,19 @@ def test_nothing_to_record_writes_nothing(path: Path) -> None:
 
 def test_a_reader_goes_on_where_it_was(path: Path) -> None:
     journal = Journal(path)
-    journal.append("status", state="running")
+    journal.status("running")
     first, offset = read_journal(path)
     assert read_journal(path, offset) == ([], offset)
-    journal.append("status", state="finished")
+    journal.status("finished")
     second, end = read_journal(path, offset)
-    assert [record["state"] for record in (*first, *second)] == ["running", "finished"]
+    assert [record["state"] for record in (*first, *second) if record["kind"] == "status"] == ["running", "finished"]
     assert end == path.stat().st_size
 
 
 def some_records(path: Path) -> bytes:
     journal = Journal(path)
-    journal.append("run", run_id="abc", name="mine")
-    journal.append("status", state="running")
+    journal.append(run_record("mine", run_id="abc"))
+    journal.status("running")
     journal.metrics({"train/loss": 1.0, "train/accuracy": 0.5}, step=1)
     journal.metrics({"train/loss": 0.5, "train/accuracy": 0.75}, step=2)
     journal.close()
@@ -100,7 +102,7 @@ def some_records(path: Path) -> bytes:
 
 def test_a_journal_torn_at_any_byte_is_cut_to_its_complete_records_and_goes_on(path: Path) -> None:
     first = Journal(path)
-    first.append("status", state="running")
+    first.status("running")
     first.metrics({"train/loss": 1.0}, step=1)
     whole = path.read_bytes()
     for size in range(len(whole) + 1):
@@ -111,12 +113,12 @@ def test_a_journal_torn_at_any_byte_is_cut_to_its_complete_records_and_goes_on(p
         assert path.stat().st_size == size  # a reader changes nothing
         journal = Journal(path)
         assert path.read_bytes() == whole[:offset]
-        journal.append("status", state="finished")
+        journal.append({"kind": "status", "state": "finished", "timestamp_ms": 5})
         journal.close()
-        assert records_of(path) == [*records, {"v": 1, "kind": "status", "state": "finished"}]
+        assert read_journal(path)[0] == [*records, {"kind": "status", "state": "finished", "timestamp_ms": 5}]
 
 
-@pytest.mark.parametrize("tear", [b"\0" * 100, b'{"v":1,"kind":"metric","key":"\xc3', b"{", b'{"v":1}'])
+@pytest.mark.parametrize("tear", [b"\0" * 100, b'{"v":2,"kind":"metric","key":"\xc3', b"{", b'{"v":2}'])
 def test_a_torn_line_is_left_by_the_reader_and_cut_by_the_writer(path: Path, tear: bytes) -> None:
     whole = some_records(path)
     with path.open("ab") as file:
@@ -127,7 +129,7 @@ def test_a_torn_line_is_left_by_the_reader_and_cut_by_the_writer(path: Path, tea
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", [b"not json\n", b"\n", b'{"v":1\n', b"\0\0\n"])
+@pytest.mark.parametrize("line", [b"not json\n", b"\n", b'{"v":2\n', b"\0\0\n"])
 def test_a_complete_line_that_is_no_record_is_named_with_its_place(path: Path, line: bytes) -> None:
     whole = some_records(path)
     path.write_bytes(whole + line + whole)
@@ -180,8 +182,9 @@ def test_reopening_finds_the_run_and_its_attempts(path: Path) -> None:
     some_records(path)
     second = Journal(path)
     assert (second.run_id, second.num_attempts) == ("abc", 1)
-    for state in ("preempted", "running", "finished"):
-        second.append("status", state=state)
+    second.status("preempted")
+    second.status("running")
+    second.status("finished")
     second.close()
     assert Journal(path).num_attempts == 2
 
@@ -206,8 +209,8 @@ def test_values_that_are_not_finite_are_counted_over_a_resume_too(path: Path) ->
 
 def test_credentials_in_tags_and_params_are_not_written(path: Path) -> None:
     journal = Journal(path)
-    journal.append("tags", values={"remote": "https://alice:hunter2@host/repository"})
-    journal.append("params", values={"command": "run --token=hunter2", "lr": 0.5})
+    journal.append({"kind": "tags", "values": {"remote": "https://alice:hunter2@host/repository"}})
+    journal.append({"kind": "params", "values": {"command": "run --token=hunter2", "lr": 0.5}})
     journal.close()
     assert b"hunter2" not in path.read_bytes()
     assert records_of(path)[1]["values"] == {"command": "run --token=***", "lr": 0.5}
@@ -215,15 +218,15 @@ def test_credentials_in_tags_and_params_are_not_written(path: Path) -> None:
 
 def test_a_record_of_a_later_version_is_not_guessed_at(path: Path) -> None:
     path.parent.mkdir(parents=True)
-    path.write_text('{"v":2,"kind":"metric"}\n')
-    with pytest.raises(ValueError, match="a record of version 2, and this program knows 1"):
+    path.write_text('{"v":3,"kind":"metric"}\n')
+    with pytest.raises(ValueError, match="a record of version 3, and this program knows 1 and 2"):
         read_journal(path)
 
 
 def test_a_record_with_a_value_that_is_not_finite_is_refused_before_it_is_written(path: Path) -> None:
     journal = Journal(path)
     with pytest.raises(ValueError, match="JSON compliant"):
-        journal.append("params", values={"x": math.nan})
+        journal.append({"kind": "params", "values": {"x": math.nan}})
     assert path.read_bytes() == b""
 
 
@@ -294,8 +297,8 @@ NUM_RECORDS = 1500
 
 
 def text_of(number: int) -> str:
-    """From nothing to several pages and pipes' buffers."""
-    return "x" * (number % 50) if number % 100 else "y" * 100_000
+    """Return texts from nothing to several pages and pipes' buffers."""
+    return f"{number}" + ("x" * (number % 50) if number % 100 else "y" * 100_000)
 
 
 def append_many(path: Path, is_read: Event) -> None:
@@ -303,7 +306,7 @@ def append_many(path: Path, is_read: Event) -> None:
     for number in range(NUM_RECORDS):
         if number == NUM_RECORDS // 2:
             is_read.wait(60)
-        journal.append("note", number=number, text=text_of(number))
+        journal.append({"kind": "artifact", "path": text_of(number)})
 
 
 def test_a_reader_beside_a_writer_never_sees_a_broken_record(path: Path) -> None:
@@ -312,7 +315,7 @@ def test_a_reader_beside_a_writer_never_sees_a_broken_record(path: Path) -> None
     writer = FORK.Process(target=append_many, args=(path, is_read))
     writer.start()
     try:
-        seen: list[int] = []
+        seen: list[str] = []
         offset, num_readings = 0, 0
         deadline = time.monotonic() + 60
         while len(seen) < NUM_RECORDS and time.monotonic() < deadline:
@@ -320,12 +323,11 @@ def test_a_reader_beside_a_writer_never_sees_a_broken_record(path: Path) -> None
             if records:
                 num_readings += 1
                 is_read.set()
-            assert [record["text"] for record in records] == [text_of(record["number"]) for record in records]
-            seen += [record["number"] for record in records]
+            seen += [record["path"] for record in records if record["kind"] == "artifact"]
     finally:
         writer.kill()
         writer.join()
-    assert seen == list(range(NUM_RECORDS))
+    assert seen == list(map(text_of, range(NUM_RECORDS)))
     assert num_readings > 1  # it did read while the other wrote
 
 
@@ -355,11 +357,35 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_room_again(
 
 def test_only_what_is_wanted_is_read(path: Path) -> None:
     journal = Journal(path)
-    journal.append("params", values={"note": '"kind":"tags"'})
+    journal.append({"kind": "params", "values": {"note": '"kind":"tags"'}})
     journal.metrics({"loss": 1.0, "loss/2": 2.0}, 1)
-    journal.append("tags", values={})
+    journal.append({"kind": "tags", "values": {}})
     entries = list(iterate(path, kinds=("tags",), keys=("loss",)))
     assert [record["kind"] for record, _ in entries] == ["metric", "tags"]
     assert entries[-1][1] == path.stat().st_size
-    assert [record["key"] for record, _ in iterate(path, 0, entries[0][1], kinds=("metric",))] == ["loss"]
+    assert [record for record, _ in iterate(path, 0, entries[0][1], kinds=("metric",))] == [entries[0][0]]
+    assert [record["value"] for record in metric_records(path, "loss/2", "loss")] == [1.0, 2.0]
+    journal.close()
+
+
+def test_records_of_version_1_are_read_as_those_of_today(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    spec = {"name": "convnet", "arguments": {"dropout": 0.5}, "channels": 1, "image_size": 28, "num_classes": 10}
+    about = {"path": "model/best.pt", "sha256": "s", "step": 5, "metric": "eval/loss", "register": None}
+    dataset = {"dataset": "mnist", "dataset_digest": "d"}
+    tags = {"resume.1.optim.lr": "0.5", "resume.12.host": "h", "attempt.1.end": "e", "device": "cpu"}
+    old: list[dict[str, Any]] = [
+        {"kind": "status", "state": "running", "timestamp_ms": 5},
+        {"kind": "tags", "values": tags},
+        {"kind": "model", **about, **dataset, **spec, "mean": [0.5], "std": [0.25]},
+    ]
+    path.write_text("".join(json.dumps({"v": 1, **record}) + "\n" for record in old))
+    status, upgraded, model = read_journal(path)[0]
+    assert status == old[0]
+    values = {"attempt.2.optim.lr": "0.5", "attempt.13.host": "h", "attempt.1.end": "e", "device": "cpu"}
+    assert upgraded == {"kind": "tags", "values": values}
+    description = {"format": 1, "spec": spec, "mean": [0.5], "std": [0.25], "classes": ()}
+    assert model == {"kind": "model", **about, **dataset, "description": description}
+    journal = Journal(path)
+    assert journal.num_attempts == 1
     journal.close()

@@ -21,11 +21,12 @@ import psutil
 import pytest
 
 from pipeline.base.signals import SIGNALS
+from pipeline.checks import find_problems
 from pipeline.config import CommandLine, ConfigError, load_config
 from pipeline.run import node_metrics as system
 from pipeline.run.journal import clean_name
-from pipeline.run.node_metrics import MIB, Rates, Sampler, follow, host_name
-from train.attempt.sidecars import SamplerProcess
+from pipeline.run.node_metrics import MIB, Rates, SystemMonitor, follow, host_name
+from train.attempt.sidecars import MonitorProcess
 
 ROOT = Path(__file__).parents[2]
 HOST = host_name()
@@ -48,7 +49,7 @@ def read_samples(folder: Path, host: str = HOST) -> Samples:
     for line in lines:
         record = json.loads(line)
         prefix, _, name = record["key"].rpartition("/")
-        assert (record["v"], record["kind"], prefix) == (1, "metric", f"system/{host}")
+        assert (record["v"], record["kind"], prefix) == (2, "metric", f"system/{host}")
         assert name not in samples.setdefault(record["step"], {})
         samples[record["step"]][name] = record["value"]
     return samples
@@ -67,7 +68,7 @@ def num_samples(folder: Path) -> int:
     return path.read_bytes().count(b'/cpu_utilization_percentage"') if path.exists() else 0
 
 
-def popen(process: SamplerProcess) -> subprocess.Popen[bytes]:
+def popen(process: MonitorProcess) -> subprocess.Popen[bytes]:
     assert process._process is not None
     return process._process
 
@@ -94,13 +95,13 @@ def no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def process(tmp_path: Path) -> Iterator[SamplerProcess]:
-    process = SamplerProcess(tmp_path, 0.1)
+def process(tmp_path: Path) -> Iterator[MonitorProcess]:
+    process = MonitorProcess(tmp_path, 0.1)
     yield process
     process.close()
 
 
-def test_a_process_samples_this_node_until_it_is_closed(tmp_path: Path, process: SamplerProcess) -> None:
+def test_a_process_samples_this_node_until_it_is_closed(tmp_path: Path, process: MonitorProcess) -> None:
     pid = popen(process).pid
     wait_until(lambda: num_samples(tmp_path) >= 3)
     assert os.getpriority(os.PRIO_PROCESS, pid) == min(os.getpriority(os.PRIO_PROCESS, 0) + 10, 19)
@@ -120,19 +121,19 @@ def test_a_process_samples_this_node_until_it_is_closed(tmp_path: Path, process:
 
 
 def test_a_resumed_run_goes_on_behind_the_last_sample_and_a_torn_line_is_cut_off(tmp_path: Path) -> None:
-    sampler = Sampler(tmp_path, HOST)
+    monitor = SystemMonitor(tmp_path, HOST)
     for _ in range(3):
-        sampler.sample()
-    sampler.close()
+        monitor.sample()
+    monitor.close()
     path = tmp_path / "system" / f"{HOST}.jsonl"
     before = path.read_bytes()
     with path.open("ab") as file:
-        file.write(b'{"v":1,"kind":"metric","key":"system/')
-    resumed = Sampler(tmp_path, HOST)
+        file.write(b'{"v":2,"kind":"metric","key":"system/')
+    resumed = SystemMonitor(tmp_path, HOST)
     resumed.sample()
     resumed.close()
     assert list(read_samples(tmp_path)) == [0, 1, 2, 3]
-    process = SamplerProcess(tmp_path, 0.1)
+    process = MonitorProcess(tmp_path, 0.1)
     wait_until(lambda: num_samples(tmp_path) >= 5)
     process.close()
     assert path.read_bytes().startswith(before)
@@ -141,7 +142,7 @@ def test_a_resumed_run_goes_on_behind_the_last_sample_and_a_torn_line_is_cut_off
     assert samples[3].keys() >= OF_EVERY_NODE
 
 
-def test_signals_to_a_job_do_not_stop_the_samples_and_closing_does(tmp_path: Path, process: SamplerProcess) -> None:
+def test_signals_to_a_job_do_not_stop_the_samples_and_closing_does(tmp_path: Path, process: MonitorProcess) -> None:
     pid = popen(process).pid
     for number in SIGNALS:
         os.kill(pid, number)  # it has not even started
@@ -159,12 +160,12 @@ def test_signals_to_a_job_do_not_stop_the_samples_and_closing_does(tmp_path: Pat
     process.close()  # once more does nothing
 
 
-def test_the_end_of_its_input_ends_it(tmp_path: Path, process: SamplerProcess) -> None:
+def test_the_end_of_its_input_ends_it(tmp_path: Path, process: MonitorProcess) -> None:
     wait_until(lambda: num_samples(tmp_path) >= 1)
-    sampler = popen(process)
-    assert sampler.stdin is not None
-    sampler.stdin.close()
-    assert sampler.wait(2.0) == 0
+    monitor = popen(process)
+    assert monitor.stdin is not None
+    monitor.stdin.close()
+    assert monitor.wait(2.0) == 0
 
 
 @pytest.mark.parametrize("when", ["sampling", "starting", "worker"])
@@ -173,8 +174,8 @@ def test_it_ends_soon_after_its_parent_was_killed(tmp_path: Path, when: str) -> 
     code = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from train.attempt.sidecars import SamplerProcess\n"
-        "process = SamplerProcess(Path(sys.argv[1]), 0.1)\n"
+        "from train.attempt.sidecars import MonitorProcess\n"
+        "process = MonitorProcess(Path(sys.argv[1]), 0.1)\n"
         "print(process._process.pid, flush=True)\n"
         f"{'os.fork()' if when == 'worker' else ''}\n"
         "time.sleep(60)\n"
@@ -183,12 +184,12 @@ def test_it_ends_soon_after_its_parent_was_killed(tmp_path: Path, when: str) -> 
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as parent:
         try:
             assert parent.stdout is not None
-            sampler = int(parent.stdout.readline())
+            monitor = int(parent.stdout.readline())
             if when != "starting":
                 wait_until(lambda: num_samples(tmp_path) >= 1)
             parent.kill()
             parent.wait()
-            wait_until(lambda: is_gone(sampler), timeout=10.0 if when == "starting" else 3.0)
+            wait_until(lambda: is_gone(monitor), timeout=10.0 if when == "starting" else 3.0)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(parent.pid, signal.SIGKILL)
@@ -201,8 +202,8 @@ def test_a_forked_worker_that_holds_its_input_open_does_not_keep_it_from_being_c
     code = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from train.attempt.sidecars import SamplerProcess\n"
-        "process = SamplerProcess(Path(sys.argv[1]), 0.1)\n"
+        "from train.attempt.sidecars import MonitorProcess\n"
+        "process = MonitorProcess(Path(sys.argv[1]), 0.1)\n"
         "worker = os.fork() or time.sleep(60)\n"
         "process.close(timeout=30.0)\n"
         "os.kill(worker, 9)\n"
@@ -214,7 +215,7 @@ def test_a_forked_worker_that_holds_its_input_open_does_not_keep_it_from_being_c
 
 
 def test_one_that_does_not_end_is_killed(tmp_path: Path) -> None:
-    process = SamplerProcess(tmp_path, 0.1)
+    process = MonitorProcess(tmp_path, 0.1)
     os.kill(popen(process).pid, signal.SIGSTOP)
     process.close(timeout=0.1)
     assert popen(process).returncode == -signal.SIGKILL
@@ -223,7 +224,7 @@ def test_one_that_does_not_end_is_killed(tmp_path: Path) -> None:
 def test_a_run_folder_that_this_node_does_not_see_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    process = SamplerProcess(tmp_path / "elsewhere", 0.1)
+    process = MonitorProcess(tmp_path / "elsewhere", 0.1)
     process.close()
     assert f"the system metrics of {HOST} are not recorded" in caplog.text
     assert list(tmp_path.iterdir()) == []
@@ -233,7 +234,7 @@ def test_the_process_imports_nothing_of_the_training(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"
         "from pipeline.__main__ import main\n"
-        "assert main(['sample', sys.argv[1], '--follow', str(os.getppid())]) == 0\n"
+        "assert main(['monitor', sys.argv[1], '--follow', str(os.getppid())]) == 0\n"
         "assert 'psutil' in sys.modules\n"
         "assert not {'torch', 'mlflow', 'numpy', 'matplotlib'} & set(sys.modules)\n"
     )
@@ -255,10 +256,10 @@ def test_a_host_has_a_name_that_mlflow_takes_and_that_is_one_file(name: str, mon
 def test_the_time_between_samples_is_nothing_or_not_too_short(text: str, is_accepted: bool) -> None:
     command = CommandLine(ROOT / "configs" / "default.yaml", (f"tracking.system_every={text}",), dry_run=False)
     if is_accepted:
-        assert load_config(command).tracking.system_every == float(text)
+        assert load_config(command, [find_problems]).tracking.system_every == float(text)
         return
     with pytest.raises(ConfigError) as caught:
-        load_config(command)
+        load_config(command, [find_problems])
     assert [problem.keys for problem in caught.value.problems] == [("tracking.system_every",)]
 
 
@@ -276,7 +277,7 @@ def test_a_run_shorter_than_the_time_between_samples_has_one_unless_that_would_b
         now[0] += seconds
         return True
 
-    follow(Sampler(tmp_path, HOST), 60.0, wait_for_end)
+    follow(SystemMonitor(tmp_path, HOST), 60.0, wait_for_end)
     assert len(read_samples(tmp_path)) == count
 
 
@@ -384,8 +385,8 @@ def gpu_values(sample: dict[str, float]) -> dict[str, float]:
 
 
 def test_every_gpu_of_the_node_has_its_metrics(tmp_path: Path, nvml: FakeNvml) -> None:
-    sampler = Sampler(tmp_path, HOST)
-    sampler.sample()
+    monitor = SystemMonitor(tmp_path, HOST)
+    monitor.sample()
     assert gpu_values(read_samples(tmp_path)[0]) == {
         "gpu_0_utilization_percentage": 90,
         "gpu_0_memory_usage_mib": 20 * 1024,
@@ -403,13 +404,13 @@ def test_every_gpu_of_the_node_has_its_metrics(tmp_path: Path, nvml: FakeNvml) -
 def test_a_query_that_fails_stops_no_other_and_no_later_one(
     tmp_path: Path, nvml: FakeNvml, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sampler = Sampler(tmp_path, HOST)
-    sampler.sample()
+    monitor = SystemMonitor(tmp_path, HOST)
+    monitor.sample()
     nvml.failing = {("nvmlDeviceGetPowerUsage", 0), ("nvmlDeviceGetHandleByIndex", 1)}
-    sampler.sample()
-    sampler.sample()
+    monitor.sample()
+    monitor.sample()
     nvml.failing = set()
-    sampler.sample()
+    monitor.sample()
     samples = [set(gpu_values(sample)) for sample in read_samples(tmp_path).values()]
     left = {"gpu_0_utilization_percentage", "gpu_0_memory_usage_mib", "gpu_0_memory_usage_percentage"}
     assert samples == [samples[0], left | {"gpu_0_temperature_celsius"}, samples[1], samples[0]]
@@ -423,7 +424,7 @@ def test_without_gpu_the_rest_is_sampled(tmp_path: Path, why: str, monkeypatch: 
     fake = FakeNvml()
     fake.failing = {("nvmlInit", 0)}
     monkeypatch.setitem(sys.modules, "pynvml", fake if why == "no driver" else None)
-    Sampler(tmp_path, HOST).sample()
+    SystemMonitor(tmp_path, HOST).sample()
     sample = read_samples(tmp_path)[0]
     assert gpu_values(sample) == {}
     assert sample.keys() >= OF_EVERY_NODE
@@ -436,13 +437,13 @@ def test_a_reading_that_fails_stops_no_other(
     def fail(*arguments: Any, **keywords: Any) -> None:
         raise OSError("gone")
 
-    sampler = Sampler(tmp_path, HOST)
-    sampler.sample()
+    monitor = SystemMonitor(tmp_path, HOST)
+    monitor.sample()
     with monkeypatch.context() as patch:
         patch.setattr(psutil, function, fail)
-        sampler.sample()
-        sampler.sample()
-    sampler.sample()
+        monitor.sample()
+        monitor.sample()
+    monitor.sample()
     whole, first, second, again = (set(sample) for sample in read_samples(tmp_path).values())
     assert first == second
     assert 1 <= len(whole - first) <= 2
@@ -468,14 +469,14 @@ def file_size_limit(size: int) -> Iterator[None]:
 def test_a_full_disk_costs_the_samples_of_its_time_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, room: int, no_nvml: None
 ) -> None:
-    sampler = Sampler(tmp_path, HOST)
-    sampler.sample()
+    monitor = SystemMonitor(tmp_path, HOST)
+    monitor.sample()
     path = tmp_path / "system" / f"{HOST}.jsonl"
     before = path.read_bytes()
     with file_size_limit(len(before) + room):
-        sampler.sample()
-        sampler.sample()
-    sampler.sample()
+        monitor.sample()
+        monitor.sample()
+    monitor.sample()
     assert path.read_bytes().startswith(before)
     samples = read_samples(tmp_path)
     assert list(samples) == list(range(len(samples)))
@@ -488,21 +489,21 @@ def test_a_folder_that_cannot_be_written_is_said_once_and_tried_again(
 ) -> None:
     in_its_place = tmp_path / "system"
     in_its_place.write_text("a file")
-    sampler = Sampler(tmp_path, HOST)
-    sampler.sample()
-    sampler.sample()
+    monitor = SystemMonitor(tmp_path, HOST)
+    monitor.sample()
+    monitor.sample()
     assert caplog.text.count("the samples cannot be written") == 1
     in_its_place.unlink()
-    sampler.sample()
+    monitor.sample()
     assert list(read_samples(tmp_path)) == [0]
 
 
-def test_of_two_samplers_of_one_node_one_writes_and_the_other_takes_over(tmp_path: Path) -> None:
-    first, second = Sampler(tmp_path, HOST), Sampler(tmp_path, HOST)
-    for sampler in (first, second, second, first):
-        sampler.sample()
+def test_of_two_monitors_of_one_node_one_writes_and_the_other_takes_over(tmp_path: Path) -> None:
+    first, second = SystemMonitor(tmp_path, HOST), SystemMonitor(tmp_path, HOST)
+    for monitor in (first, second, second, first):
+        monitor.sample()
     assert list(read_samples(tmp_path)) == [0, 1]
-    other = Sampler(tmp_path, "other")
+    other = SystemMonitor(tmp_path, "other")
     other.sample()
     first.close()
     second.sample()
@@ -512,7 +513,7 @@ def test_of_two_samplers_of_one_node_one_writes_and_the_other_takes_over(tmp_pat
 
 def test_a_sample_is_one_line_a_metric_with_one_time(tmp_path: Path, no_nvml: None) -> None:
     before = time.time_ns() // 1_000_000
-    Sampler(tmp_path, HOST).sample()
+    SystemMonitor(tmp_path, HOST).sample()
     records = [json.loads(line) for line in (tmp_path / "system" / f"{HOST}.jsonl").read_text().splitlines()]
     assert {frozenset(record) for record in records} == {
         frozenset({"v", "kind", "key", "value", "step", "timestamp_ms"})

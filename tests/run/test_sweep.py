@@ -11,8 +11,15 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.run.folder import RunFolder
-from pipeline.run.sweep import find_all_runs, find_runs, of_folder, open_folder
-from pipeline.run.sweep_file import SweepError, read_sweep
+from pipeline.run.sweep import (
+    SweepError,
+    find_all_runs,
+    find_runs,
+    open_sweep_folder,
+    read_sweep,
+    read_sweep_folder,
+)
+from tests.base.disk import record_disk
 from tests.faults.trainings import records, train_forked
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +37,7 @@ random:
   seed: 7
   keys:
     optim.lr: {log_uniform: [0.001, 1]}
-    model.dropout: {uniform: [0, 0.5]}
+    model.arguments.dropout: {uniform: [0, 0.5]}
     train.epochs: {integer: [1, 9]}
     optim.name: {choice: [sgd, adam]}
 """
@@ -44,26 +51,26 @@ def write(folder: Path, text: str = GRID, number: int = 1) -> Path:
 
 def test_a_grid_has_every_combination_and_values_stay_as_they_are_written(tmp_path: Path) -> None:
     sweep = read_sweep(write(tmp_path))
-    assert [element.name for element in sweep.elements] == [
+    assert list(sweep.runs) == [
         "lr-1e-3_optim-sgd",
         "lr-1e-3_optim-adam",
         "lr-0.1_optim-sgd",
         "lr-0.1_optim-adam",
     ]
-    assert sweep.elements[1].settings == ("train.epochs=3", "optim.lr=1e-3", "optim.name=adam")
+    assert sweep.runs["lr-1e-3_optim-adam"] == ("train.epochs=3", "optim.lr=1e-3", "optim.name=adam")
     assert sweep.name == "rates"
 
 
 def test_points_drawn_at_random_stay_when_more_are_drawn_and_are_within_their_ranges(tmp_path: Path) -> None:
-    few = read_sweep(write(tmp_path, RANDOM, number=5)).elements
-    many = read_sweep(write(tmp_path, RANDOM, number=40)).elements
+    few = list(read_sweep(write(tmp_path, RANDOM, number=5)).runs.items())
+    many = list(read_sweep(write(tmp_path, RANDOM, number=40)).runs.items())
     assert many[:5] == few
-    for element in many:
-        values = dict(setting.split("=") for setting in element.settings)
+    points = [dict(setting.split("=") for setting in settings) for _, settings in many]
+    for values in points:
         assert 0.001 <= float(values["optim.lr"]) <= 1
-        assert 0 <= float(values["model.dropout"]) <= 0.5
+        assert 0 <= float(values["model.arguments.dropout"]) <= 0.5
         assert int(values["train.epochs"]) in range(1, 10)
-    assert sum(float(dict(s.split("=") for s in e.settings)["optim.lr"]) < 0.03 for e in many) in range(10, 31)
+    assert sum(float(values["optim.lr"]) < 0.03 for values in points) in range(10, 31)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +110,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, old: str, new: str, m
 )
 def test_names_tell_values_apart(tmp_path: Path, written: str, name: str) -> None:
     sweep = read_sweep(write(tmp_path, GRID.replace("[1e-3, 0.1]", f"['{written}']").replace("[sgd, adam]", "[sgd]")))
-    assert sweep.elements[0].name == f"{name}_optim-sgd"
+    assert list(sweep.runs) == [f"{name}_optim-sgd"]
 
 
 def test_the_sweeps_in_configs_are_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +169,7 @@ def test_a_number_means_the_same_run_whatever_becomes_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    open_folder(tmp_path / "runs" / "rates", read_sweep(write(tmp_path)))
+    open_sweep_folder(tmp_path / "runs" / "rates", read_sweep(write(tmp_path)))
     file = write(tmp_path, GRID.replace("[1e-3, 0.1]", "[0.5, 0.1]"))
     assert main(["sweep", str(file), "--element", "3"]) == 0
     assert "run.name=lr-0.1_optim-adam" in capsys.readouterr().out
@@ -226,16 +233,16 @@ def test_without_sbatch_it_says_where_to_submit(tmp_path: Path) -> None:
 def test_a_folder_stays_the_same_sweep_and_is_never_a_runs(tmp_path: Path) -> None:
     sweep = read_sweep(write(tmp_path))
     folder = tmp_path / "runs" / "rates"
-    open_folder(folder, sweep)
-    first = of_folder(folder)
-    open_folder(folder, sweep)
-    assert of_folder(folder) == first
+    open_sweep_folder(folder, sweep)
+    first = read_sweep_folder(folder)
+    open_sweep_folder(folder, sweep)
+    assert read_sweep_folder(folder) == first
     assert first is not None
-    assert first["names"] == first["numbered"] == [element.name for element in sweep.elements]
+    assert first["names"] == first["numbered"] == list(sweep.runs)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "journal.jsonl").touch()
     with pytest.raises(SweepError, match="is the folder of a run"):
-        open_folder(tmp_path / "run", sweep)
+        open_sweep_folder(tmp_path / "run", sweep)
     assert find_runs([folder, tmp_path / "run"]) == [tmp_path / "run"]
     for name in ("a", "b"):
         (folder / name).mkdir()
@@ -244,7 +251,18 @@ def test_a_folder_stays_the_same_sweep_and_is_never_a_runs(tmp_path: Path) -> No
     assert find_all_runs(tmp_path / "runs") == [folder / "a", folder / "b"]
 
 
+def test_the_identity_of_a_sweep_is_on_the_disk_before_it_replaces_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "rates"
+    events = record_disk(monkeypatch)
+    open_sweep_folder(folder, read_sweep(write(tmp_path)))
+    size = (folder / "sweep.json").stat().st_size
+    temporary = ".writing-sweep.json"
+    assert events == [("fsync", temporary, size), ("rename", temporary, "sweep.json"), ("fsync", "rates", 0)]
+
+
 def test_a_run_in_the_folder_of_a_sweep_records_which_it_is(tmp_path: Path) -> None:
-    open_folder(tmp_path, read_sweep(write(tmp_path)))
+    open_sweep_folder(tmp_path, read_sweep(write(tmp_path)))
     assert train_forked(tmp_path, 1).failure is None
-    assert records(tmp_path)[0]["sweep"] == of_folder(tmp_path)
+    assert records(tmp_path)[0]["sweep"] == read_sweep_folder(tmp_path)

@@ -26,13 +26,14 @@ DIRECTIVES = {
 }
 
 PYTHON = """#!/bin/bash
+[[ $1 == -c && $2 == *json* ]] && exec python3 "$@" # reads the last line of the dry run
 if [[ $1 == -c ]]; then  # how many ranks: the GPUs that torch sees, else the CPUs granted
     ((FAKE_GPUS)) && echo "$FAKE_GPUS" || echo "$3"
     exit "${FAKE_TORCH_CODE:-0}"
 fi
 env > dry_run_environment
 echo "network: many lines"
-echo "run folder: $PWD/runs/it"
+echo "{\"run_folder\": \"$PWD/runs/it\"}"
 exit "${FAKE_DRY_RUN_CODE:-0}"
 """
 SRUN = """#!/bin/bash

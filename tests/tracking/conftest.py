@@ -11,6 +11,7 @@ import pytest
 from pipeline.run.folder import RunFolder
 from pipeline.run.journal import Journal
 from pipeline.tracking.store import open_store
+from tests.records import run_record
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,7 @@ def folder(tmp_path: Path) -> RunFolder:
 @pytest.fixture
 def journal(folder: RunFolder) -> Iterator[Journal]:
     journal = Journal(folder.journal)
-    journal.append("run", run_id="abc", name="run", experiment="test", tracking_uri="unused")
-    journal.append("status", state="running")
+    journal.append(run_record("run"))
+    journal.status("running")
     yield journal
     journal.close()

@@ -44,8 +44,8 @@ MAX_ATTEMPTS = 12
 """To train, and to sync, before it is given up."""
 SETTINGS = (
     "data.dataset=synthetic",
-    f"data.synthetic_train_size={STEPS_PER_EPOCH * BATCH}",
-    "data.synthetic_eval_size=200",
+    f"data.arguments.train_size={STEPS_PER_EPOCH * BATCH}",
+    "data.arguments.validation_size=200",
     f"data.global_batch_size={BATCH}",
     f"train.epochs={EPOCHS}",
     "train.log_every=1",

@@ -13,9 +13,9 @@ import select
 import sys
 from pathlib import Path
 
-from pipeline.run.folder import RunFolder
-from pipeline.run.journal import Journal, now_ms
-from pipeline.run.locks import training_lock
+from pipeline.run.folder import RunFolder, training_lock
+from pipeline.run.journal import Journal
+from tests.records import run_record
 from train.attempt.sidecars import PublisherProcess
 
 STEP_SECONDS = 0.04
@@ -40,19 +40,18 @@ def main(run_dir: str, uri: str, close_timeout: str) -> int:
 
 def record_beginning(folder: RunFolder, journal: Journal, uri: str) -> None:
     folder.config.write_text("run: {}\n")
-    run = {"run_id": folder.name, "name": folder.name, "experiment": "convoy", "tracking_uri": uri}
-    journal.append("run", **run, timestamp_ms=now_ms())
-    journal.append("params", values={"optim.lr": 0.1, "steps_per_epoch": 100})
-    journal.append("tags", values={"host": "here"})
-    journal.append("status", state="running", timestamp_ms=now_ms())
+    journal.append(run_record(folder.name, experiment="convoy", uri=uri))
+    journal.append({"kind": "params", "values": {"optim.lr": 0.1, "steps_per_epoch": 100}})
+    journal.append({"kind": "tags", "values": {"host": "here"}})
+    journal.status("running")
 
 
 def record_end(folder: RunFolder, journal: Journal) -> None:
     result = folder.path / "results" / "result.txt"
     result.parent.mkdir()
     result.write_text(f"of {folder.name}\n")
-    journal.append("artifact", path="results/result.txt")
-    journal.append("status", state="finished", timestamp_ms=now_ms())
+    journal.append({"kind": "artifact", "path": "results/result.txt"})
+    journal.status("finished")
     journal.sync()
 
 

@@ -17,7 +17,12 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 NUM_TRAININGS = 3
 OPEN = "import sys; from pipeline.tracking.store import open_store; open_store(sys.argv[1]).search_experiments()"
-TINY = ("data.dataset=synthetic", "data.image_size=12", "data.synthetic_train_size=640", "data.synthetic_eval_size=64")
+TINY = (
+    "data.dataset=synthetic",
+    "data.image_size=12",
+    "data.arguments.train_size=640",
+    "data.arguments.validation_size=64",
+)
 FIGURES = {f"figures/{name}.png" for name in ("learning_curves", "confusion_matrix", "samples", "wrong", "filters")}
 
 

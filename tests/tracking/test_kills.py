@@ -22,7 +22,12 @@ NUM_RANKS = {0: 1, 1: 1, 2: 1, 3: 2}
 """Of the run with each seed."""
 AT_ONCE = 2
 """Runs: each mostly waits, for its imports too."""
-TINY = ("data.dataset=synthetic", "data.image_size=12", "data.synthetic_train_size=64", "data.synthetic_eval_size=64")
+TINY = (
+    "data.dataset=synthetic",
+    "data.image_size=12",
+    "data.arguments.train_size=64",
+    "data.arguments.validation_size=64",
+)
 
 
 def test_every_run_of_a_campaign_loses_each_of_its_processes() -> None:

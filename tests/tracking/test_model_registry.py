@@ -5,48 +5,61 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from mlflow import MlflowClient
 
+from pipeline.models.bundle import Bundle
+from pipeline.models.catalog import ModelSpec
 from pipeline.run.folder import RunFolder
 from pipeline.run.journal import Journal
 from pipeline.tracking.publisher import Publisher
+from tests.records import run_record
 
 NAME = "digits classifier"
+MODEL = f"{__name__}:linear"
 
 
 class Run:
-    """A run folder whose journal holds one evaluated model; the network is a constant, quick to export."""
+    """A run folder whose journal holds one evaluated model, which is quick to export."""
 
     def __init__(self, root: Path, name: str, **metrics: float):
         self.folder = RunFolder(root / "runs" / name)
         self.folder.path.mkdir(parents=True)
         self.folder.config.write_text("run: {}\n")
-        self.weights = self.folder.path / "best.pt"
-        self.weights.write_bytes(name.encode())
+        self.bundle = Bundle(self.folder.model, ModelSpec(MODEL, {}, 1, 4, 3), ("a", "b", "c"), (0.5,), (0.5,))
+        self.bundle.write()
+        torch.manual_seed(len(name) + ord(name[0]))
+        self.bundle.save("best", self.bundle.spec.build().state_dict())
         self.journal = Journal(self.folder.journal)
-        self.journal.append("run", run_id=name, name=name, experiment="test", tracking_uri="unused")
+        self.journal.append(run_record(name))
         self.journal.status("running")
         self.journal.metrics(metrics, 7)
         self.journal.metrics({"eval/accuracy": 0.123}, 9)  # the last evaluation, which is not that of the model
 
     def record(self, *, register: str | None = NAME, metric: str = "eval/accuracy", digest: str = "d1") -> None:
-        shape = {"channels": 1, "image_size": 4, "num_classes": 3}
-        sha256 = hashlib.sha256(self.weights.read_bytes()).hexdigest()
-        about = {"metric": metric, "dataset": "digits", "dataset_digest": digest, "register": register}
-        self.journal.append("model", path="best.pt", sha256=sha256, step=7, name="convnet", **about, **shape)
+        self.journal.append(
+            {
+                "kind": "model",
+                "path": "model/best.safetensors",
+                "sha256": hashlib.sha256(self.bundle.path("best").read_bytes()).hexdigest(),
+                "step": 7,
+                "metric": metric,
+                "dataset": "digits",
+                "dataset_digest": digest,
+                "register": register,
+            }
+        )
 
     def publish(self, uri: str) -> Publisher:
-        publisher = Publisher(self.folder, uri, network)
+        publisher = Publisher(self.folder, uri)
         publisher.drain()
         return publisher
 
 
-def network(path: Path, record: dict[str, Any]) -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)).eval()
+def linear(channels: int, image_size: int, num_classes: int) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * image_size**2, num_classes))
 
 
 @pytest.fixture
@@ -62,7 +75,7 @@ def test_a_model_is_logged_once_and_shows_the_evaluation_it_had(tmp_path: Path, 
     run.publish(uri)
     client = MlflowClient(tracking_uri=uri)
     (logged,) = client.search_logged_models([client.get_experiment_by_name("test").experiment_id])
-    assert (logged.name, logged.status.name) == ("convnet", "READY")
+    assert (logged.name, logged.status.name) == ("tests-tracking-test_model_registry-linear", "READY")
     metrics = {metric.key: (metric.value, metric.step) for metric in client.get_logged_model(logged.model_id).metrics}
     assert metrics == {"eval/accuracy": (0.75, 7), "eval/loss": (0.5, 7)}
     history = client.get_metric_history(logged.source_run_id, "eval/accuracy")

@@ -23,6 +23,7 @@ from mlflow import MlflowClient
 from pipeline.commands.publish import publish
 from pipeline.run.folder import RunFolder
 from pipeline.run.journal import KILLED, Journal
+from pipeline.run.records import State
 from pipeline.tracking.publisher import Publisher, follow
 from pipeline.tracking.store import open_store
 from tests.servers import MlflowServer, reserved_port
@@ -39,10 +40,6 @@ def published(folder: RunFolder, uri: str, is_parent_alive: Callable[[], bool], 
     return publish(folder, uri, is_parent_alive, after_death)[0]
 
 
-def no_model(path: Path, record: dict[str, Any]) -> Any:
-    raise AssertionError("there is no model in this journal")
-
-
 def the_run(uri: str) -> Any:
     client = MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
@@ -57,7 +54,7 @@ def history(uri: str, key: str) -> list[tuple[int, float]]:
 def test_what_is_recorded_while_it_drains_arrives_in_order_and_once(
     store: str, folder: RunFolder, journal: Journal
 ) -> None:
-    publisher = Publisher(folder, store, no_model)
+    publisher = Publisher(folder, store)
     for step in range(5):
         journal.metrics({"train/loss": 1 / (step + 1)}, step)
         publisher.drain()
@@ -66,11 +63,11 @@ def test_what_is_recorded_while_it_drains_arrives_in_order_and_once(
 
 
 def test_publishing_everything_again_changes_nothing(store: str, folder: RunFolder, journal: Journal) -> None:
-    journal.append("params", values={"optim.lr": 0.5, "steps_per_epoch": 10})
-    journal.append("tags", values={"host": "here"})
+    journal.append({"kind": "params", "values": {"optim.lr": 0.5, "steps_per_epoch": 10}})
+    journal.append({"kind": "tags", "values": {"host": "here"}})
     for step in range(2500):
         journal.metrics({"train/loss": step / 2500}, step)
-    journal.append("status", state="finished")
+    journal.status("finished")
     assert published(folder, store, lambda: False)
     once = (the_run(store).info.run_id, history(store, "train/loss"))
     assert len(once[1]) == 2500
@@ -92,20 +89,20 @@ def test_publishing_everything_again_changes_nothing(store: str, folder: RunFold
     ],
 )
 def test_the_status_is_that_of_the_training(
-    store: str, folder: RunFolder, journal: Journal, states: tuple[str, ...], status: str
+    store: str, folder: RunFolder, journal: Journal, states: tuple[State, ...], status: str
 ) -> None:
     for state in states:
-        journal.append("status", state=state)
+        journal.status(state)
     assert published(folder, store, lambda: False)
     assert the_run(store).info.status == status
     assert json.loads((folder.path / "status.json").read_text())["mlflow_run_id"] == the_run(store).info.run_id
 
 
 def test_a_resumed_run_is_reopened(store: str, folder: RunFolder, journal: Journal) -> None:
-    journal.append("status", state="preempted")
+    journal.status("preempted")
     assert published(folder, store, lambda: False)
-    journal.append("status", state="running")
-    Publisher(folder, store, no_model).drain()
+    journal.status("running")
+    Publisher(folder, store).drain()
     assert the_run(store).info.status == "RUNNING"
 
 
@@ -115,8 +112,8 @@ def test_a_point_the_server_refuses_is_named_and_takes_no_other_along(
     for step in range(20):
         journal.metrics({"train/loss": step}, step)
     # written past the journal's own cleaning of names
-    journal.append("metric", key="not=allowed", value=1.0, step=3, timestamp_ms=1)
-    journal.append("status", state="finished")
+    journal.append({"kind": "metric", "key": "not=allowed", "value": 1.0, "step": 3, "timestamp_ms": 1})
+    journal.status("finished")
     assert published(folder, store, lambda: False)
     assert len(history(store, "train/loss")) == 20
     assert "refuses not=allowed at step 3" in caplog.text
@@ -125,10 +122,12 @@ def test_a_point_the_server_refuses_is_named_and_takes_no_other_along(
 def test_a_param_the_server_refuses_is_named_and_holds_nothing_up(
     store: str, folder: RunFolder, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal.append("params", values={"optim.lr": 0.5, "run.seed": 1})
-    journal.append("params", values={"train.epochs": 2, "optim.lr": 0.7, "loss": "nll"})  # MLflow changes no param
-    journal.append("tags", values={"host": "here"})
-    journal.append("status", state="finished")
+    journal.append({"kind": "params", "values": {"optim.lr": 0.5, "run.seed": 1}})
+    journal.append(
+        {"kind": "params", "values": {"train.epochs": 2, "optim.lr": 0.7, "loss": "nll"}}
+    )  # MLflow changes no param
+    journal.append({"kind": "tags", "values": {"host": "here"}})
+    journal.status("finished")
     assert published(folder, store, lambda: False)
     run = the_run(store)
     assert run.data.params == {"optim.lr": "0.5", "run.seed": "1", "train.epochs": "2", "loss": "nll"}
@@ -141,7 +140,7 @@ def test_a_store_that_cannot_be_reached_costs_one_line_and_nothing_is_lost(
     store: str, folder: RunFolder, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal.metrics({"train/loss": 1.0}, 1)
-    journal.append("status", state="finished")
+    journal.status("finished")
     with reserved_port() as port:
         assert not published(folder, f"http://127.0.0.1:{port}", lambda: False, after_death=3.0)
     assert caplog.text.count("does not work now") == 1
@@ -161,7 +160,7 @@ def test_a_run_that_vanished_from_the_store_is_published_again(
     migrated: Path, store: str, tmp_path: Path, folder: RunFolder, journal: Journal
 ) -> None:
     journal.metrics({"train/loss": 1.0}, 1)
-    journal.append("status", state="finished")
+    journal.status("finished")
     assert published(folder, store, lambda: False)
     shutil.copy(migrated, tmp_path / "mlflow.db")
     assert published(folder, store, lambda: False)
@@ -172,11 +171,11 @@ def test_a_run_that_vanished_from_the_store_is_published_again(
 def test_a_run_in_mlflows_bin_is_named_and_nothing_is_passed_over(
     store: str, folder: RunFolder, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Publisher(folder, store, no_model).drain()
+    Publisher(folder, store).drain()
     run_id = the_run(store).info.run_id
     MlflowClient(tracking_uri=store).delete_run(run_id)
     journal.metrics({"train/loss": 1.0}, 1)
-    journal.append("status", state="finished")
+    journal.status("finished")
     assert not published(folder, store, lambda: False, after_death=1.0)
     assert f"mlflow runs restore --run-id {run_id}" in caplog.text
     MlflowClient(tracking_uri=store).restore_run(run_id)
@@ -187,14 +186,28 @@ def test_a_run_in_mlflows_bin_is_named_and_nothing_is_passed_over(
 def test_what_cannot_be_drawn_or_packaged_holds_up_nothing(
     store: str, folder: RunFolder, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (folder.path / "weights.pt").write_bytes(b"weights")
-    journal.append("evaluation", path="nowhere.npz", step=1, class_names=["a"], accuracy=1.0, count=1)
-    journal.append("model", path="weights.pt", sha256=hashlib.sha256(b"weights").hexdigest(), name="none", step=1)
+    folder.model.mkdir()
+    (folder.model / "best.safetensors").write_bytes(b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    journal.append({"kind": "evaluation", "path": "nowhere.npz", "step": 1, "class_names": ["a"]})
+    journal.append(
+        {
+            "kind": "model",
+            "path": "model/best.safetensors",
+            "sha256": sha256,
+            "step": 1,
+            "metric": "eval/accuracy",
+            "dataset": "digits",
+            "dataset_digest": "d",
+            "register": None,
+        }
+    )
     journal.metrics({"train/loss": 1.0}, 1)
-    journal.append("status", state="finished")
+    journal.status("finished")
     assert published(folder, store, lambda: False)
     assert "a figure cannot be drawn" in caplog.text
-    assert "the model cannot be logged" in caplog.text
+    assert "the model cannot be logged, its weights are in model/best.safetensors: " in caplog.text
+    assert "model.json cannot be read" in caplog.text
     assert history(store, "train/loss") == [(1, 1.0)]
     assert the_run(store).info.status == "FINISHED"
 
@@ -218,9 +231,9 @@ def test_what_was_acknowledged_before_an_outage_is_not_sent_again(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", fail_at_the_third)
         with pytest.raises(ConnectionError):
-            Publisher(folder, store, no_model).drain()
+            Publisher(folder, store).drain()
     assert sent == [1000, 1000]
-    again = Publisher(folder, store, no_model)
+    again = Publisher(folder, store)
     again.drain()
     assert again.counts["points"] == 500
     assert len(history(store, "train/loss")) == 2500
@@ -231,7 +244,7 @@ def test_samples_of_every_node_are_published_too(store: str, folder: RunFolder, 
         samples = Journal(folder.path / "system" / f"{host}.jsonl")
         samples.metrics({f"system/{host}/cpu": 50.0}, 0)
         samples.close()
-    publisher = Publisher(folder, store, no_model)
+    publisher = Publisher(folder, store)
     publisher.drain()
     publisher.drain()
     assert publisher.counts["points"] == 2
@@ -251,7 +264,7 @@ def test_the_end_of_a_training_that_was_killed_is_when_it_recorded_its_last(
 
 
 def test_the_run_says_what_it_is_above_its_metrics(store: str, folder: RunFolder, journal: Journal) -> None:
-    journal.append("params", values={"model.name": "convnet", "optim.lr": 0.5, "steps_per_epoch": 10})
+    journal.append({"kind": "params", "values": {"model.name": "convnet", "optim.lr": 0.5, "steps_per_epoch": 10}})
     journal.metrics({"eval/accuracy": 0.9876, "eval/loss": 0.05}, 10)
     journal.status("finished")
     assert published(folder, store, lambda: False)
@@ -263,10 +276,10 @@ def test_the_run_says_what_it_is_above_its_metrics(store: str, folder: RunFolder
 def test_the_description_says_which_settings_a_resumed_run_changed(
     store: str, folder: RunFolder, journal: Journal
 ) -> None:
-    journal.append("params", values={"optim.lr": 1.0, "train.log_every": 10, "run.seed": 0})
-    journal.append("tags", values={"resume.1.optim.lr": "0.5", "resume.1.host": "there"})
-    journal.append("tags", values={"resume.2.optim.lr": "0.1", "resume.2.train.log_every": "5"})
-    journal.append("status", state="finished")
+    journal.append({"kind": "params", "values": {"optim.lr": 1.0, "train.log_every": 10, "run.seed": 0}})
+    journal.append({"kind": "tags", "values": {"attempt.2.optim.lr": "0.5", "attempt.2.host": "there"}})
+    journal.append({"kind": "tags", "values": {"attempt.3.optim.lr": "0.1", "attempt.3.train.log_every": "5"}})
+    journal.status("finished")
     assert published(folder, store, lambda: False)
     note = the_run(store).data.tags["mlflow.note.content"]
     assert "optim.lr `1.0`, then `0.5`, then `0.1`, run.seed `0`, train.log_every `10`, then `5`" in note
@@ -276,14 +289,14 @@ def test_a_publisher_left_behind_does_not_end_the_run_of_the_next_attempt(
     store: str, folder: RunFolder, journal: Journal
 ) -> None:
     """The first attempt's publisher is still at work when the run is resumed and says that it is running."""
-    journal.append("status", state="preempted")
-    old = Publisher(folder, store, no_model)
-    journal.append("status", state="running")
+    journal.status("preempted")
+    old = Publisher(folder, store)
+    journal.status("running")
     assert follow(old, is_parent_alive=lambda: False, is_being_trained=lambda: True)
     assert the_run(store).info.status == "RUNNING"
     journal.metrics({"train/loss": 1.0}, 1)
     deadline = time.monotonic() + 1.5  # of its own training: it is not to end before that
-    assert follow(Publisher(folder, store, no_model), lambda: time.monotonic() < deadline, lambda: True)
+    assert follow(Publisher(folder, store), lambda: time.monotonic() < deadline, lambda: True)
     assert time.monotonic() >= deadline
     assert history(store, "train/loss") == [(1, 1.0)]
 
@@ -306,7 +319,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(
     with closing(MlflowServer(tmp_path)) as server:
         alive = threading.Event()
         alive.set()
-        publisher = Publisher(folder, server.url, no_model)
+        publisher = Publisher(folder, server.url)
         done: list[bool] = []
         thread = threading.Thread(target=lambda: done.append(follow(publisher, alive.is_set, after_death=30.0)))
         server.start()
@@ -317,7 +330,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(
         _record(journal, range(100, 200))
         server.start()
         _record(journal, range(200, 300))
-        journal.append("status", state="finished")
+        journal.status("finished")
         thread.join(60)
         assert done == [True]
         assert history(server.url, "train/loss") == [(step, float(step)) for step in range(300)]

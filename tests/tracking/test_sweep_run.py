@@ -11,8 +11,7 @@ from mlflow import MlflowClient
 
 from pipeline.__main__ import main
 from pipeline.parallel.rank import Rank
-from pipeline.run.sweep import open_folder
-from pipeline.run.sweep_file import read_sweep
+from pipeline.run.sweep import open_sweep_folder, read_sweep
 from tests.faults.inject import Fault, inject
 from tests.faults.trainings import SMALL, train_as_rank
 from tests.ranks import RankFailed, run_ranks
@@ -30,7 +29,7 @@ class Sweep:
 
     def write(self, rates: str) -> None:
         self.file.write_text(FILE.format(root=ROOT, rates=rates))
-        open_folder(self.folder, read_sweep(self.file))
+        open_sweep_folder(self.folder, read_sweep(self.file))
 
     def train(self, rate: str, fault: Fault | None = None) -> None:
         settings = (*SMALL, f"run.dir={self.folder}", f"run.name=lr-{rate}", f"optim.lr={rate}", "train.epochs=1")

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipeline.base.signals import StopRequest
-from pipeline.base.startup import StartupTimer
+from pipeline.base.timing import StartupTimer
 from pipeline.config import CommandLine, Config, load_config
-from pipeline.data.sources.datasets import Dataset, ImageSet
-from pipeline.learning.evaluation import Evaluator
+from pipeline.data.build import list_dataset, load_dataset
+from pipeline.data.samples import Dataset, PixelSamples
 from pipeline.parallel.rank import Rank
 from pipeline.run.checkpoint import TrainingState
-from train.build import build_data, build_trainer
+from train.build import build_trainer
+from train.output import RunOutput
 from train.trainer import Trainer
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
 
 
-class Recorder:
+class Recorder(RunOutput):
     """A RunOutput that keeps in memory what a run folder would get."""
 
     def __init__(self) -> None:
@@ -35,17 +35,8 @@ class Recorder:
     def save_checkpoint(self, state: TrainingState, value: float | None) -> None:
         self.states.append(state)
 
-    def save_best(self, model: Mapping[str, Any]) -> bool:
-        return True
-
-    def predictions(self, evaluator: Evaluator, step: int) -> None:
-        pass
-
-    def save_trace(self, write: Callable[[str], object]) -> None:
-        pass
-
-    def choices(self, values: Mapping[str, str]) -> None:
-        self.chosen = dict(values)
+    def execution(self, reasons: Mapping[str, str]) -> None:
+        self.chosen = dict(reasons)
 
     def history(self, key: str) -> list[float]:
         return [value for name, _, value in self.points if name == key]
@@ -57,7 +48,7 @@ def config_of(*settings: str) -> Config:
 
 def make_trainer(rank: Rank, config: Config, num_train: int | None = None) -> tuple[Trainer, Recorder]:
     """A trainer on the config's dataset, cut to its first `num_train` samples."""
-    dataset = build_data(config, rank)
+    dataset = load_dataset(config.data, list_dataset(config.data, config.run.seed), rank)
     if num_train is not None:
         dataset = cut(dataset, num_train)
     recorder = Recorder()
@@ -65,18 +56,23 @@ def make_trainer(rank: Rank, config: Config, num_train: int | None = None) -> tu
 
 
 def cut(dataset: Dataset, num_train: int) -> Dataset:
-    train = ImageSet(dataset.train.images[:num_train], dataset.train.labels[:num_train])
-    return replace(dataset, info=replace(dataset.info, train_size=num_train), train=train)
+    assert isinstance(dataset.train, PixelSamples)
+    train = PixelSamples.of(dataset.train.pixels[:num_train], dataset.train.labels[:num_train])
+    return replace(dataset, train=train)
 
 
 def flat_weights(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def set_total_steps(trainer: Trainer, total_steps: int) -> None:
+    trainer.update.schedule = replace(trainer.update.schedule, total_steps=total_steps)
 
 
 def losses(rank: Rank, steps: int, settings: Sequence[str]) -> list[float]:
     """The loss of each of the first `steps` global batches."""
     trainer, recorder = make_trainer(rank, config_of("train.log_every=1", *settings))
-    trainer.schedule = replace(trainer.schedule, total_steps=steps)
+    set_total_steps(trainer, steps)
     while trainer.position.global_step < steps:
         trainer.train_epoch()
         trainer.position = replace(trainer.position, epoch=trainer.position.epoch + 1, samples_seen=0)

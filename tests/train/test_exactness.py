@@ -9,18 +9,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.config import OptimConfig
+from pipeline.config.schema import OptimConfig
 from pipeline.data.resident import ResidentLoader
-from pipeline.learning.optim import build_optimizer
+from pipeline.learning.optim import Schedule, build_optimizer
+from pipeline.learning.update import Update
+from pipeline.parallel.build import build_replicas
 from pipeline.parallel.rank import Rank
-from pipeline.parallel.replicas import replicate
 from tests.ranks import run_ranks
-from tests.train.helpers import config_of, flat_weights, losses, make_trainer
-from train.steps.captured import StaticStep
+from tests.train.helpers import config_of, flat_weights, losses, make_trainer, set_total_steps
+from train.steps.captured import CapturedStep
 from train.steps.eager import EagerStep
 from train.trainer import Trainer
 
-NO_DROPOUT = ("model.dropout=0", "model.dropout2d=0")
+NO_DROPOUT = ("model.arguments.dropout=0", "model.arguments.dropout2d=0")
 
 
 def test_recorded_indices_of_the_global_batches_are_the_same_on_real_ranks() -> None:
@@ -38,8 +39,10 @@ def _recorded_batches(rank: Rank) -> list[list[int]]:
     trainer, _ = make_trainer(rank, config_of())
     loader = trainer.train_loader
     assert isinstance(loader, ResidentLoader)
-    loader._labels = torch.arange(1437)
-    return [sum((loader.inputs(m)[1].tolist() for m in batch.micro_batches), []) for batch in loader]
+    loader.prepare.take.labels = torch.arange(1437)
+    return [
+        sum((loader.prepare(m).classes[0].tolist() for m in batch.micro_batches), []) for batch in loader.batches(0)
+    ]
 
 
 def test_losses_of_the_first_10_steps_in_float32_differ_by_less_than_1e_6_between_numbers_of_ranks() -> None:
@@ -108,7 +111,7 @@ def _trained_both_ways(rank: Rank) -> tuple[torch.Tensor, torch.Tensor]:
     results = []
     for fixed in (True, False):
         trainer, _ = make_trainer(rank, config_of("optim.name=adam", "optim.lr=0.001"), 128)
-        trainer.schedule = replace(trainer.schedule, total_steps=4)
+        set_total_steps(trainer, 4)
         if fixed:
             _fix_shapes(trainer, 16)
         trainer.train_epoch()
@@ -129,41 +132,43 @@ def _trained_with_batch_statistics(rank: Rank) -> tuple[torch.Tensor, torch.Tens
         assert isinstance(trainer.step, EagerStep)
         torch.manual_seed(0)
         layers = (nn.Conv2d(1, 3, 5), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 24 * 24, 10), nn.LogSoftmax(1))
-        network = nn.Sequential(*layers).double()
-        replicas = replicate(network, rank, trainer.timer, torch.zeros(1, 1, 28, 28), timeout=60)
-        optimizer = build_optimizer(OptimConfig(name="sgd"), network.parameters())
-        parts = replace(trainer.step._parts, replicas=replicas, optimizer=optimizer)
-        step = StaticStep(parts, 8) if fixed else EagerStep(parts)
-        for index, batch in enumerate(trainer.train_loader):
-            step(batch, lr=0.1, global_step=index)
-        results.append(torch.cat([value.double().flatten() for value in network.state_dict().values()]))
+        model = nn.Sequential(*layers).double()
+        replicas = build_replicas(trainer.config, model, rank, trainer.timer, torch.zeros(1, 1, 28, 28))
+        optimizer = build_optimizer(OptimConfig(name="sgd", lr=0.1), [{"params": list(model.parameters())}])
+        parts = trainer.step._parts
+        update = Update(optimizer, Schedule(OptimConfig(schedule="constant"), 3, 3), parts.precision)
+        parts = replace(parts, replicas=replicas, update=update)
+        step = CapturedStep(parts, 8) if fixed else EagerStep(parts)
+        for index, batch in enumerate(trainer.train_loader.batches(0)):
+            step(batch, index)
+        results.append(torch.cat([value.double().flatten() for value in model.state_dict().values()]))
     return results[0], results[1]
 
 
 def _fix_shapes(trainer: Trainer, batch_size: int) -> None:
     assert isinstance(trainer.step, EagerStep)
-    trainer.step = StaticStep(trainer.step._parts, batch_size)
+    trainer.step = CapturedStep(trainer.step._parts, batch_size)
 
 
 def _gradient(
     rank: Rank, num_samples: int, accumulate: int, loss: str, fixed_shapes: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one step over `num_samples`, seen as the change of the weights under plain SGD with lr 1; and by hand."""
-    model = NO_DROPOUT if loss == "nll" else ("model.name=lenet_5x5", "data.image_size=32", "loss=mse")
+    chosen = NO_DROPOUT if loss == "nll" else ("model.name=lenet_5x5", "data.image_size=32", "loss=mse")
     settings = ("train.precision=fp64", "optim.name=sgd", "optim.lr=1", "optim.schedule=constant")
     batching = ("data.global_batch_size=16", f"train.accumulate={accumulate}")
-    trainer, _ = make_trainer(rank, config_of(*model, *settings, *batching), num_samples)
-    network, before = trainer.network, flat_weights(trainer).clone()
-    images, labels = trainer.train_loader.inputs(torch.arange(num_samples))
-    output = network(images)
+    trainer, _ = make_trainer(rank, config_of(*chosen, *settings, *batching), num_samples)
+    model, before = trainer.model, flat_weights(trainer).clone()
+    inputs = trainer.train_loader.prepare(torch.arange(num_samples))
+    output, labels = model(inputs.images), inputs.classes[0]
     one_hot = F.one_hot(labels, 10).double()
     value = F.nll_loss(output, labels) if loss == "nll" else F.mse_loss(output, one_hot)
-    reference = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(network.parameters()))])
+    reference = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
     if fixed_shapes:
         _fix_shapes(trainer, batch_size=16)
-    (batch,) = list(trainer.train_loader)
+    (batch,) = list(trainer.train_loader.batches(0))
     assert batch.global_count == num_samples
-    trainer.step(batch, lr=1.0, global_step=0)
+    trainer.step(batch, 0)
     return before - flat_weights(trainer), reference
 
 
@@ -177,8 +182,8 @@ def _clipped_change(rank: Rank) -> float:
     config = config_of("train.clip_norm=0.01", "optim.name=sgd", "optim.lr=1", "optim.schedule=constant")
     trainer, _ = make_trainer(rank, config, 32)
     before = flat_weights(trainer).clone()
-    for batch in trainer.train_loader:
-        trainer.step(batch, lr=1.0, global_step=0)
+    for batch in trainer.train_loader.batches(0):
+        trainer.step(batch, 0)
     return float((flat_weights(trainer) - before).norm())
 
 
@@ -196,7 +201,7 @@ def _evaluated(rank: Rank, eval_batch_size: int) -> tuple[list[list[int]], float
     evaluation = trainer.evaluator.evaluate()
     assert evaluation.count == 360
     predictions = trainer.evaluator.predictions()
-    assert torch.equal(predictions.labels, trainer.evaluator._loader._labels)  # type: ignore[attr-defined]
+    assert torch.equal(predictions.labels, trainer.evaluator.loader.prepare.take.labels)  # type: ignore[arg-type]
     assert int((predictions.labels == predictions.predicted).sum()) == evaluation.num_correct
     return evaluation.confusion.tolist(), evaluation.loss, predictions.predicted.tolist()
 
@@ -216,6 +221,6 @@ def test_streamed_data_train_to_the_same_weights_as_resident_data() -> None:
 
 def _weights_after(rank: Rank, settings: tuple[str, ...]) -> torch.Tensor:
     trainer, _ = make_trainer(rank, config_of(*settings), 200)
-    trainer.schedule = replace(trainer.schedule, total_steps=7)
+    set_total_steps(trainer, 7)
     trainer.train_epoch()
     return flat_weights(trainer)

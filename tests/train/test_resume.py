@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from pipeline.data.inputs import Batch
+from pipeline.models.bundle import Bundle
 from pipeline.parallel.rank import Rank
 from tests.faults.trainings import history, settings_of, state, train_as_rank
 from tests.ranks import RankFailed, run_ranks
-from train.steps.eager import EagerStep, Step
+from train.steps.eager import EagerStep
+from train.steps.parts import Step
 
 
 def run(
@@ -43,17 +45,16 @@ def _train(
 
 
 def _with_signal(step: Callable[..., torch.Tensor], at_step: int, send: signal.Signals) -> Any:
-    def call(self: Step, batch: Batch, *, lr: float, global_step: int) -> torch.Tensor:
-        if global_step == at_step:
+    def call(self: Step, batch: Batch, number: int) -> torch.Tensor:
+        if number == at_step:
             os.kill(os.getpid(), send)
-        return step(self, batch, lr=lr, global_step=global_step)
+        return step(self, batch, number)
 
     return call
 
 
-def weights(folder: Path, name: str = "final.pt") -> dict[str, torch.Tensor]:
-    loaded: dict[str, torch.Tensor] = torch.load(folder / "run" / "model" / name, weights_only=True)
-    return loaded
+def weights(folder: Path, which: str = "final") -> dict[str, torch.Tensor]:
+    return Bundle.open(folder / "run" / "model").load_weights(which)
 
 
 def content(folder: Path) -> dict[Path, bytes]:
@@ -63,7 +64,7 @@ def content(folder: Path) -> dict[Path, bytes]:
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:
-    for name in ("final.pt", "best.pt"):
+    for name in ("final", "best"):
         ours, theirs = weights(folder, name), weights(reference, name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -92,7 +93,7 @@ def test_a_training_asked_to_stop_and_run_again_ends_with_the_same_bits_and_hist
         run(tmp_path, at_step=at_step)
         if at_step < 25:
             assert state(tmp_path)["state"] == "preempted"
-            assert not (tmp_path / "run" / "model" / "final.pt").exists()
+            assert not (tmp_path / "run" / "model" / "final.safetensors").exists()
     run(tmp_path)
     assert_same_run(tmp_path, uninterrupted)
 
@@ -137,7 +138,7 @@ def test_resuming_is_exact_on_any_number_of_ranks(tmp_path: Path, world_size: in
 
 
 def test_resuming_on_another_number_of_ranks_goes_on_with_the_same_training(tmp_path: Path) -> None:
-    exact = ("train.precision=fp64", "model.dropout=0", "model.dropout2d=0")
+    exact = ("train.precision=fp64", "model.arguments.dropout=0", "model.arguments.dropout2d=0")
     run(tmp_path / "one", *exact, world_size=1)
     for world_size, at_step in ((4, 3), (2, 8), (1, 15), (3, None)):
         to = (world_size - 1,)
@@ -166,9 +167,9 @@ def test_a_finished_run_is_left_as_it_is_and_goes_on_when_epochs_grew(tmp_path: 
     ("setting", "message"),
     [
         ("run.seed=1", "run.seed was 0, is 1"),
-        ("model.name=net_conv10_20 data.image_size=16", "model.name was convnet, is net_conv10_20"),
+        ("model.name=net_conv10_20 data.arguments.image_size=16", "model.name was convnet, is net_conv10_20"),
         ("data.global_batch_size=17", "data.global_batch_size was 16, is 17"),
-        ("data.synthetic_train_size=204", "data.synthetic_train_size was 203, is 204"),
+        ("data.arguments.train_size=204", "data.arguments.train_size was 203, is 204"),
         ("run.resume=never", "holds a run already"),
     ],
 )
@@ -206,5 +207,5 @@ def test_a_setting_that_may_change_is_recorded_when_it_does(tmp_path: Path) -> N
     for record in records:
         if record["kind"] == "tags":
             tags |= record["values"]
-    assert tags["resume.1.optim.weight_decay"] == "0.1"
-    assert "resume.1.host" in tags
+    assert tags["attempt.2.optim.weight_decay"] == "0.1"
+    assert "attempt.2.host" in tags

@@ -1,4 +1,4 @@
-"""What runs beside a training, as the training sees it: processes to start, and to end. Imports no mlflow."""
+"""The processes that run beside a training: to be started and ended by it. Imports no mlflow."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.base.signals import SIGNALS
+from pipeline.models.bundle import TRUST_VARIABLE
 from pipeline.run.node_metrics import host_name
 
 logger = logging.getLogger("convoy")
@@ -28,19 +29,19 @@ class PublisherProcess:
         )
 
     def wait(self, timeout: float) -> bool:
-        """Whether all was published within `timeout` seconds. What was not remains in the journal."""
+        """Return whether all was published within `timeout` seconds. What was not remains in the journal."""
         try:
             return self._process.wait(timeout) == 0
         except subprocess.TimeoutExpired:
             return False
 
     def kill(self) -> None:
-        """At once; what is not published remains in the journal."""
+        """End it at once; what is not published remains in the journal."""
         self._process.kill()
 
 
-class SamplerProcess:
-    """The process that samples this node into system/<host>.jsonl of the run folder: one for each node.
+class MonitorProcess:
+    """The system monitor of this node, which writes system/<host>.jsonl in the run folder.
 
     It ends when this one closes it or dies. A training does not fail for it: where it cannot be started, as on a node
     that does not see the run folder, a warning says so.
@@ -53,13 +54,13 @@ class SamplerProcess:
         log = run_folder / "system" / f"{host}.log"
         try:
             log.parent.mkdir(exist_ok=True)
-            command = ["sample", str(run_folder), "--every", str(every)]
+            command = ["monitor", str(run_folder), "--every", str(every)]
             self._process = start_beside(command, log, stdin=subprocess.PIPE)
         except OSError as error:
             logger.warning("the system metrics of %s are not recorded: %s", host, error)
 
     def close(self, timeout: float = 5.0) -> None:
-        """Have it take its last sample and end. It is killed if it has not within `timeout` seconds."""
+        """Have it take its last sample and end; kill it if it has not within `timeout` seconds."""
         process = self._process
         if process is None or process.stdin is None or process.stdin.closed:
             return
@@ -77,15 +78,16 @@ class SamplerProcess:
 def start_beside(
     command: list[str], log: Path, stdin: int = subprocess.DEVNULL, **environment: str
 ) -> subprocess.Popen[bytes]:
-    """`python -m pipeline <command> --follow <this process>`, with what it prints appended to `log`.
+    """Start `python -m pipeline <command> --follow <this process>`, with its output appended to `log`.
 
-    In a session of its own, so that Ctrl-C stops the training, which then ends properly, and not this. It begins with
-    all SIGNALS blocked, so that one to the whole job cannot end it before it has learnt to `ignore_stop_signals`.
+    In its own session, so that Ctrl-C reaches only the training, which then ends properly. It starts with SIGNALS
+    blocked until it ignores them (`ignore_stop_signals`).
     """
     root = Path(__file__).resolve().parents[2]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     # the training has the cores; and no GPU may be held from there
     settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings[TRUST_VARIABLE] = "1"  # it was imported here already
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         with log.open("ab") as output:

@@ -1,7 +1,7 @@
-"""A thread of each rank that sees from outside what the training cannot: that it stands still, or that nobody wants it.
+"""A thread of each rank that sees from outside what the training cannot: that it hangs, or that nobody wants it.
 
-Once a second it looks whether the training still gives signs of life, whether the launcher is still there, and, on rank
-0, whether a file asks for a checkpoint or for the end.
+Once a second it checks whether the training still sends heartbeats, whether the launcher is still there, and, on
+rank 0, whether a file asks for a checkpoint or for the end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import unwrap
 from pathlib import Path
 from types import CodeType, FrameType
@@ -27,19 +27,19 @@ from pipeline.config import Config
 from pipeline.data.resident import ResidentLoader
 from pipeline.data.streamed import StreamedLoader
 from pipeline.learning.evaluation import Evaluator
-from pipeline.learning.precision import Precision
-from pipeline.parallel.node_sum import NodeAverage
-from pipeline.parallel.ordered import Shards
+from pipeline.learning.update import Precision, Update
+from pipeline.parallel.node_memory import NodeSum
+from pipeline.parallel.ordered import OrderedReplicas
 from pipeline.parallel.rank import PendingSum, Rank
-from train.attempt.session import Session
-from train.steps.captured import StaticStep
-from train.steps.eager import StepParts
+from train.attempt.attempt import Attempt
+from train.steps.captured import CapturedStep
+from train.steps.parts import StepParts
 from train.trainer import Trainer
 
-LOOK_EVERY = 1.0
-"""Seconds."""
+CHECK_EVERY = 1.0
+"""Seconds between two checks."""
 LAST_WORDS = 5.0
-"""Seconds."""
+"""Seconds that recording the failure may take."""
 GRACE = 25.0
 """Seconds in which a training without a launcher has to save and to leave."""
 WAITING = "waiting for other ranks"
@@ -48,24 +48,36 @@ logger = logging.getLogger("convoy")
 PHASES: dict[Callable[..., object], str] = {
     Trainer.save: "the save of a checkpoint",
     Evaluator.evaluate: "the evaluation",
-    ResidentLoader.__iter__: "the loading of data",
-    StreamedLoader.__iter__: "the loading of data",
-    StepParts.compute_gradient: "the forward pass",
-    StaticStep.__call__: "the captured step",
+    ResidentLoader.batches: "the loading of data",
+    StreamedLoader.batches: "the loading of data",
+    StepParts.forward: "the forward pass",
+    CapturedStep.__call__: "the captured step",
     Precision.backward: "the backward pass",
-    Precision.update: "the update of the weights",
-    DistributedDataParallel._pre_forward: WAITING,  # for buckets and buffers
-    NodeAverage.average: WAITING,
-    Shards.sum: WAITING,
+    Update.__call__: "the update of the weights",
+    NodeSum.reduce: WAITING,
+    OrderedReplicas.reduce: WAITING,
     PendingSum.values: WAITING,
     Rank.reduce_sum: WAITING,
     Rank.gather: WAITING,
 }
-"""By the innermost of these that is being executed."""
+"""Name of the phase while the innermost of these functions is being executed."""
+
+
+def find_phases(*, waits_in_backward: bool) -> dict[CodeType, str]:
+    """Return the phases by the code of their functions. `waits_in_backward`: the gradients of the ranks meet there."""
+    phases = dict(PHASES)
+    private = [(DistributedDataParallel, "_pre_forward")]  # waits for buckets and buffers
+    private += [(graph, "_engine_run_backward")] if waits_in_backward else []  # type: ignore[list-item]
+    for owner, name in private:
+        # without a promise from torch: where it is renamed, a message says less, and the training goes on
+        if function := getattr(owner, name, None):
+            phases[function] = WAITING
+    # unwrapped: all functions with the same decorator have its code
+    return {unwrap(function).__code__: name for function, name in phases.items()}
 
 
 class Watchdog:
-    """What one rank's thread looks at."""
+    """Ends this process if its training hangs."""
 
     def __init__(
         self,
@@ -76,25 +88,22 @@ class Watchdog:
         *,
         waits_in_backward: bool = False,
     ):
-        """`progress` is another value whenever the training has come further; `timeout`: seconds that it may be the
-        same. `fail` records the end of the run. `waits_in_backward`: there the gradients of the ranks meet."""
+        """`progress()` changes whenever training advances. If it stays the same for `timeout` seconds, `fail` records
+        that, and the rank is ended."""
         self._rank = rank
         self._progress = progress
         self._timeout = timeout
         self._fail = fail
-        phases = PHASES | ({graph._engine_run_backward: WAITING} if waits_in_backward else {})
-        # unwrapped: all functions with the same decorator have its code
-        self._phases: dict[CodeType, str] = {unwrap(function).__code__: name for function, name in phases.items()}
+        self._phases = find_phases(waits_in_backward=waits_in_backward)
         self._last = progress()
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         self._silent = 0.0
         self._thread_id = threading.get_ident()
 
-    def look(self) -> None:
-        """Ends this process if the training stands still."""
+    def check(self) -> None:
         now, current = time.monotonic(), self._progress()
-        # a process that was suspended did not stand still meanwhile
-        passed, self._looked_at = min(now - self._looked_at, 2 * LOOK_EVERY), now
+        # a process that was suspended did not hang meanwhile
+        passed, self._checked_at = min(now - self._checked_at, 2 * CHECK_EVERY), now
         self._silent = self._silent + passed if current == self._last else 0.0
         self._last = current
         # who waits is not the cause: that rank's own watchdog is to speak first, then the collective that times out
@@ -110,7 +119,7 @@ class Watchdog:
         return "the training loop"
 
     def _end(self) -> None:
-        reason = f"rank {self._rank.rank} stood still for {self._silent:.0f} s in {self._phase()} (train.hang_timeout)"
+        reason = f"rank {self._rank.rank} hung for {self._silent:.0f} s in {self._phase()} (train.hang_timeout)"
         logger.error("%s; where its threads are:", reason)
         faulthandler.dump_traceback(sys.__stderr__ or 2)
         # in a thread of its own: the file system may be what stands still
@@ -121,10 +130,10 @@ class Watchdog:
 
 
 class StopFiles:
-    """What rank 0 is asked by files: `stop` and `save` in the run folder, and the one that CONVOY_STOP_FILE names."""
+    """Passes on requests by files: `stop` and `save` in the run folder, and the one that CONVOY_STOP_FILE names."""
 
     def __init__(self, folder: Path, named: str | None, request: StopRequest):
-        """A request in the folder that was made before the start is none for this training."""
+        """Removes older requests from the folder: they were not meant for this training."""
         self._request = request
         self._save = folder / "save"
         self._stops = [folder / "stop"]
@@ -133,7 +142,7 @@ class StopFiles:
         if named:  # whoever named it removes it
             self._stops.append(Path(named))
 
-    def look(self) -> None:
+    def check(self) -> None:
         if self._save.exists():
             self._save.unlink(missing_ok=True)
             self._request.wants_save = True
@@ -144,17 +153,17 @@ class StopFiles:
 
 
 class Launcher:
-    """Whether torchrun, which started this process, is still there."""
+    """Ends this training if torchrun, which started it, is gone."""
 
     def __init__(self, pid: int, request: StopRequest, *, is_replaceable: bool = False):
-        """`is_replaceable`: the launchers of other nodes go on without this node."""
+        """`pid` is torchrun's. `is_replaceable`: the launchers of other nodes go on without this node."""
         self._pid = pid
         self._request = request
         self._is_replaceable = is_replaceable
         self._died_at: float | None = None
 
-    def look(self) -> None:
-        """Without it, ask to stop; and end this process if that takes too long, or if others will go on."""
+    def check(self) -> None:
+        """Ask to stop if it is gone; end this process if that takes too long, or if others go on without this node."""
         if os.getppid() == self._pid:
             return
         now = time.monotonic()
@@ -170,17 +179,17 @@ class Launcher:
 
 
 @contextmanager
-def watching(*looks: Callable[[], None]) -> Iterator[None]:
-    """Call each of `looks` every second, in a thread."""
+def watching(*checks: Callable[[], None]) -> Iterator[None]:
+    """Call each of `checks` every second, in a thread."""
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(LOOK_EVERY):
-            for look in looks:
+        while not over.wait(CHECK_EVERY):
+            for check in checks:
                 try:
-                    look()
-                except OSError as error:  # of a folder that is gone, say: the others are needed all the same
-                    logger.warning("the watchdog cannot look: %s", error)
+                    check()
+                except OSError as error:  # of a folder that is gone, say: the other checks are needed all the same
+                    logger.warning("the watchdog cannot check: %s", error)
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()
@@ -188,26 +197,24 @@ def watching(*looks: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join(2 * LOOK_EVERY)
+        thread.join(2 * CHECK_EVERY)
 
 
-def build_looks(config: Config, session: Session, trainer: Trainer) -> Iterator[Callable[[], None]]:
-    """What the thread of this rank has to look at while it trains."""
+def watching_training(config: Config, attempt: Attempt, trainer: Trainer) -> AbstractContextManager[None]:
+    """Watch the training of this rank, and on rank 0 the stop files of its run folder."""
 
     def progress() -> object:
-        return trainer.pulse.num_beats, trainer.timer.last
+        return trainer.heartbeats, trainer.timer.last
 
     timeout, in_backward = config.train.hang_timeout, trainer.waits_in_backward
-    yield Watchdog(trainer.rank, progress, timeout, session.fail, waits_in_backward=in_backward).look
+    checks = [Watchdog(trainer.rank, progress, timeout, attempt.fail, waits_in_backward=in_backward).check]
     if trainer.rank.is_main:
-        yield StopFiles(session.start.folder, os.environ.get("CONVOY_STOP_FILE"), trainer.stop).look
+        checks.append(StopFiles(attempt.folder, os.environ.get("CONVOY_STOP_FILE"), trainer.stop).check)
+    return watching(*checks)
 
 
-@contextmanager
-def watching_launcher(launch: Launch, stop: StopRequest) -> Iterator[None]:
+def watching_launcher(launch: Launch, stop: StopRequest) -> AbstractContextManager[None]:
+    """Watch the launcher, if there is one."""
     if launch.launcher_pid is None:
-        yield
-        return
-    launcher = Launcher(launch.launcher_pid, stop, is_replaceable=launch.is_replaceable)
-    with watching(launcher.look):
-        yield
+        return nullcontext()
+    return watching(Launcher(launch.launcher_pid, stop, is_replaceable=launch.is_replaceable).check)

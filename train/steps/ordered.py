@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pipeline.base.seeding import stream_seed
 from pipeline.data.inputs import Batch
-from pipeline.learning.metrics import exact
-from pipeline.learning.optim import set_lr
-from pipeline.parallel.ordered import Shards
-from train.steps.eager import StepParts, seed_device
+from pipeline.learning.metrics import round_to_exact
+from pipeline.parallel.ordered import OrderedReplicas
+from train.steps.parts import StepParts, seed_device
 
 
-class ShardStep:
-    """Computes the gradient of each shard of the global batch apart, and sums them in their order.
+class OrderedStep:
+    """Computes the gradient of each virtual rank apart, and sums them in their order.
 
-    A shard has the same samples, the same shape and the same random numbers whichever rank has it; loss and hits are
-    rounded so that their sums are the same in any order.
+    A virtual rank has the same samples, the same shape and the same random numbers whichever rank computes it. Loss and
+    correct predictions are rounded so that their sums are the same in any order.
     """
 
-    def __init__(self, parts: StepParts, shards: Shards):
-        """The micro-batches of a batch are the shards of this rank."""
+    def __init__(self, parts: StepParts, replicas: OrderedReplicas):
+        """The micro-batches of a batch are the virtual ranks of this rank."""
         self._parts = parts
-        self._parameters = parts.parameters
-        self._shards = shards
+        self._replicas = replicas
 
     def prepare(self) -> None:
         pass
 
-    def __call__(self, batch: Batch, *, lr: float, global_step: int) -> Tensor:
+    def __call__(self, batch: Batch, step: int) -> Tensor:
         parts = self._parts
-        set_lr(parts.optimizer, lr)
-        sums = torch.zeros(2, dtype=torch.float64, device=parts.rank.device)
-        for shard, micro_batch in zip(self._shards.own, batch.micro_batches, strict=True):
-            images, labels = parts.inputs(micro_batch)
+        parts.update.set_step(step)
+        sums = parts.zero_sums()
+        for virtual, micro_batch in zip(self._replicas.own, batch.micro_batches, strict=True):
+            inputs = parts.prepare(micro_batch)
             parts.timer.lap("data")
-            if len(labels) > 0:
-                seed_device(parts.rank.device, stream_seed(parts.seed, "shard", global_step, shard))
-                sums += exact(parts.compute_gradient(images, labels, batch.global_count))
-            self._shards.store(shard)
+            if len(inputs.images) > 0:
+                seed_device(parts.rank.device, stream_seed(parts.seed, "shard", step, virtual))
+                loss, part = parts.forward(inputs)
+                parts.timer.lap("forward")
+                parts.precision.backward(loss * (1 / batch.global_count))
+                sums += round_to_exact(part)
+            self._replicas.store(virtual)
             parts.timer.lap("backward")
-        self._shards.sum()
+        self._replicas.reduce()
         parts.timer.lap("communication")
-        parts.precision.update(parts.optimizer, self._parameters, parts.clip_norm)
+        parts.update()
         parts.timer.lap("update")
         return sums

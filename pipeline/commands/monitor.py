@@ -1,0 +1,50 @@
+"""`monitor RUN_DIR`: the process that a training starts on each node to record its system metrics."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from pipeline.base.logs import start_command_logging
+from pipeline.base.signals import ignore_stop_signals
+from pipeline.run.node_metrics import SystemMonitor, follow, host_name
+
+HELP = "record CPU, memory, disk, network and GPUs of this node in a run folder (what a training starts by itself)"
+CHECK_EVERY = 1.0
+"""Seconds after which the death of the parent is noticed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--follow", type=int, required=True, metavar="PID", help="the training, which is the parent")
+    parser.add_argument("--every", type=float, metavar="SECONDS", default=10.0, help="default: %(default)s")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    ignore_stop_signals()
+    os.nice(10)
+    start_command_logging()
+    monitor = SystemMonitor(arguments.run_dir.absolute(), host_name())
+    follow(monitor, arguments.every, partial(wait_for_end, arguments.follow))
+    return 0
+
+
+def wait_for_end(parent: int, seconds: float) -> bool:
+    """Wait for `seconds` at most; return whether the parent is gone, or has written to standard input or closed it.
+
+    Both are watched, because other children of a dead parent may still hold the pipe open.
+    """
+    deadline = time.monotonic() + seconds
+    while os.getppid() == parent:
+        left = deadline - time.monotonic()
+        readable, _, _ = select.select([sys.stdin], [], [], max(0.0, min(left, CHECK_EVERY)))
+        if readable:
+            return True
+        if left <= CHECK_EVERY:
+            return False
+    return True

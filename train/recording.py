@@ -1,0 +1,136 @@
+"""Records: of the steps since the last one, summed on the device and read a step later; and of evaluations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.base.timing import PhaseTimer
+from pipeline.config.schema import TrainConfig
+from pipeline.learning.evaluation import Evaluator
+from pipeline.learning.metrics import Evaluation, find_straggler, mean_times
+from pipeline.learning.update import NonFiniteError, Update
+from pipeline.parallel.rank import PendingSum, Rank, RemoteError
+from pipeline.run.checkpoint import Position
+from train.display import Display
+from train.output import RunOutput
+
+NUM_SNAPSHOTS = 32
+"""Evaluations of a training at which predictions are recorded, at most, evenly over it."""
+
+
+@dataclass(frozen=True)
+class PendingRecord:
+    """A record whose sum over the ranks is on its way."""
+
+    sum: PendingSum
+    num_samples: int
+    step: int
+    lr: float
+    images_per_second: float
+
+
+class Recording:
+    """Sums the results of steps, and makes a record of them. Adding does not wait for the device."""
+
+    def __init__(
+        self, config: TrainConfig, rank: Rank, timer: PhaseTimer, update: Update, output: RunOutput, display: Display
+    ):
+        self._max_nonfinite = config.max_nonfinite
+        self._num_epochs = config.epochs
+        self._rank = rank
+        self._timer = timer
+        self._update = update
+        self._output = output
+        self._display = display
+        self._sums = torch.zeros(2, dtype=torch.float64, device=rank.device)
+        self._num_samples = 0
+        self._timed_samples = 0
+        """The samples since the last record of this attempt, which `images/s` is about."""
+        self._pending: PendingRecord | None = None
+
+    def add(self, sums: Tensor, num_samples: int) -> None:
+        """Add a step. `sums`, float64 [loss, correct], is this rank's; `num_samples` counts those of all ranks."""
+        self._sums += sums
+        self._num_samples += num_samples
+        self._timed_samples += num_samples
+
+    def begin(self, step: int) -> None:
+        """Collective. Begin to sum the steps since the last record over the ranks.
+
+        The sum is read behind the next step, when it has arrived: neither the device nor this rank waits for it. The
+        skipped steps, the same on all ranks, and the phase times of each rank ride along.
+        """
+        self._timer.lap("other")
+        times = self._timer.read()
+        rate = self._timed_samples / times.seconds if times.seconds > 0 else 0.0
+        milliseconds = torch.zeros(self._rank.world_size, len(times.milliseconds), dtype=torch.float64)
+        milliseconds[self._rank.rank] = torch.tensor(times.milliseconds, dtype=torch.float64)
+        on_device = milliseconds.flatten().to(self._sums.device, non_blocking=True)
+        skipped = self._update.take_skipped() * self._rank.is_main
+        pending = self._rank.reduce_sum_later(torch.cat((self._sums, skipped, on_device)))
+        self._pending = PendingRecord(pending, self._num_samples, step, self._update.lr, rate)
+        self._sums.zero_()
+        self._num_samples = self._timed_samples = 0
+
+    def finish(self) -> None:
+        """Collective. Write the record that was begun, if any was.
+
+        Raises NonFiniteError on rank 0, RemoteError on the others, after too many skipped steps in a row.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        self._timer.lap("other")
+        loss, correct, num_skipped, longest_run, *flat = pending.sum.values()
+        self._timer.lap("communication")
+        width = len(flat) // self._rank.world_size
+        by_rank = [flat[i : i + width] for i in range(0, len(flat), width)]
+        straggler = find_straggler(by_rank)
+        metrics = {
+            "train/loss": loss / max(1, pending.num_samples),
+            "train/accuracy": correct / max(1, pending.num_samples),
+            "train/lr": pending.lr,
+            "perf/images_per_second": pending.images_per_second,
+        }
+        metrics |= mean_times(by_rank) | (straggler.metrics if straggler else {})
+        metrics |= {"train/skipped_steps": num_skipped} if num_skipped else {}
+        self._output.metrics(metrics, pending.step)
+        self._display.record(pending.step, metrics, straggler)
+        if longest_run >= self._max_nonfinite:
+            self._give_up(int(longest_run), pending.step)
+
+    def _give_up(self, num_skipped: int, step: int) -> None:
+        reason = (
+            f"the gradients of {num_skipped} steps in a row, up to step {step:,}, were not finite (train.max_nonfinite "
+            f"= {self._max_nonfinite}); none of them changed the weights. Lower optim.lr, set train.clip_norm, or look "
+            "for what is wrong in the data"
+        )
+        raise NonFiniteError(reason) if self._rank.is_main else RemoteError(reason)
+
+    def evaluated(self, position: Position, evaluator: Evaluator, evaluation: Evaluation, seconds: float) -> None:
+        """Record the evaluation at the end of an epoch, and at some of them a snapshot of predictions."""
+        step, number = position.global_step, position.epoch + 1
+        self._output.metrics(evaluation.metrics | {"time/evaluation_seconds": seconds}, step)
+        if number == self._num_epochs or number % -(-self._num_epochs // NUM_SNAPSHOTS) == 0:
+            self._output.predictions(evaluator, step)
+        self._display.evaluated(position.epoch, evaluation, seconds)
+
+    def state(self) -> dict[str, Any]:
+        """Collective. Return what a checkpoint keeps of a record that is not complete yet.
+
+        The sums of each rank apart: added up in another order they would differ in the last bit.
+        """
+        return {"sums": self._rank.gather(self._sums.tolist()), "count": self._num_samples}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue the record of a checkpoint. On another number of ranks the first takes the sum of all."""
+        sums = torch.tensor(state["sums"], dtype=torch.float64).view(-1, 2)
+        if len(sums) == self._rank.world_size:
+            self._sums.copy_(sums[self._rank.rank])
+        else:
+            self._sums.copy_(sums.sum(0) if self._rank.is_main else torch.zeros(2, dtype=torch.float64))
+        self._num_samples = int(state["count"])
