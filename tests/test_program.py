@@ -327,7 +327,7 @@ def test_a_training_stopped_by_a_signal_goes_on_in_the_same_mlflow_run(tmp_path:
 def wait_until_shown(run: Path, state: str) -> None:
     """In MLflow, by the publisher, which outlives a training for a moment; only then may others open the store."""
     published = run / "published.json"
-    _wait_for(lambda: published.exists() and f'"shown": "{state}"' in published.read_text())
+    _wait_for(lambda: published.exists() and f'"mlflow_state": "{state}"' in published.read_text())
 
 
 def _wait_for(condition: Any, timeout: float = 90.0) -> None:

@@ -369,7 +369,8 @@ def damage_dataset(context: Context, folder: Path, rng: random.Random) -> list[s
     else:
         del content[offset:]
     path.write_bytes(content)
-    data = ("data.dataset=fashion_mnist", f"data.root={folder / 'data'}", "data.download=false", "data.image_size=28")
+    own = ("data.arguments={}", "data.dataset=fashion_mnist", "data.image_size=28")
+    data = (*own, f"data.root={folder / 'data'}", "data.download=false")
     end = train_forked(folder, 1, *data)
     problems = [] if end.failure and path.name in end.failure else [f"{path.name} at {offset}: {end.failure}"]
     return problems + (["a run folder was made"] if (folder / "run").exists() else [])

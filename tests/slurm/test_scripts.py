@@ -33,7 +33,7 @@ if [[ $1 == -c ]]; then  # how many ranks: the GPUs that torch sees, else the CP
 fi
 env > dry_run_environment
 echo "network: many lines"
-echo "{\"run_folder\": \"$PWD/runs/it\"}"
+printf '{"run_folder": "%s"}\\n' "$PWD/runs/it"
 exit "${FAKE_DRY_RUN_CODE:-0}"
 """
 SRUN = """#!/bin/bash
@@ -278,7 +278,7 @@ def test_a_container_is_put_before_all_that_needs_python(job: Job) -> None:
     job.stand_in("enter", '#!/bin/bash\necho "$3" >> entered\nexec "${@:3}"\n')
     job.environment["CONVOY_ROOT"] = str(checkout)
     assert job.run() == 0
-    assert (job.folder / "entered").read_text().split() == ["python", "python"]
+    assert (job.folder / "entered").read_text().split() == ["python"] * 3
     assert job.srun()[job.srun().index("torchrun") - 3 :][:4] == ["enter", "--bind", "/a b", "torchrun"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.models.bundle import TRUST_VARIABLE
 from pipeline.run.folder import RunFolder
 from pipeline.run.journal import Journal
 from pipeline.tracking.store import open_store
@@ -20,6 +21,12 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     open_store(f"sqlite:///{path}")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _trusted_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a training: models of these tests may be imported."""
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
 
 
 @pytest.fixture

@@ -41,6 +41,8 @@ class Claim:
     """Whether nothing is left to train."""
     is_new: bool
     """Whether the folder was made for this attempt."""
+    is_first: bool
+    """Whether run.dir was made for this attempt, too."""
 
     @property
     def position(self) -> Position:
@@ -65,11 +67,14 @@ class Claim:
                 if list(self.folder.path.iterdir()) == [self.folder.lock]:
                     self.folder.lock.unlink()
                     self.folder.path.rmdir()
+                    if self.is_first:
+                        self.folder.path.parent.rmdir()
 
 
 def claim_run(call: Invocation, stack: ExitStack) -> Claim:
     """Take the run folder; `stack` holds its lock. Raises RunError where that is refused, with the folder as it was."""
     config, launch = call.config, call.launch
+    is_first = not Path(config.run.dir).exists()
     folder = choose_run(config, call.config_name, os.environ, launch.run_id, is_restart=launch.is_restart)
     is_new = not folder.path.exists() or not any(folder.path.iterdir())
     checkpoints = Checkpoints(config.checkpoint, folder)
@@ -91,7 +96,7 @@ def claim_run(call: Invocation, stack: ExitStack) -> Claim:
             f"run {folder.name} has ended {num_fruitless} times in a row without a new checkpoint: look at its log for "
             f"the reason; run.max_attempts={num_fruitless + 1} or more tries again"
         )
-    return Claim(folder, checkpoints, state, num_fruitless, is_finished(folder.status(), config), is_new)
+    return Claim(folder, checkpoints, state, num_fruitless, is_finished(folder.status(), config), is_new, is_first)
 
 
 def _count_fruitless_attempts(folder: RunFolder, state: TrainingState | None) -> int:
