@@ -56,8 +56,9 @@ class Bundle:
         write_atomically(self.folder / CONTENT, json.dumps({"format": FORMAT, **about}, indent=1) + "\n")
 
     @classmethod
-    def open(cls, folder: Path, about: Mapping[str, Any] | None = None) -> Bundle:
+    def open(cls, folder: Path | str, about: Mapping[str, Any] | None = None) -> Bundle:
         """Read model.json, if `about` does not give its content. Raises BundleError."""
+        folder = Path(folder)
         path = folder / CONTENT
         try:
             about = about or json.loads(path.read_bytes())

@@ -25,7 +25,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def test_it_is_read_as_it_was_written_before_there_are_weights(bundle: Bundle) -> None:
-    assert Bundle.open(bundle.folder) == bundle
+    assert Bundle.open(bundle.folder) == Bundle.open(str(bundle.folder)) == bundle
     assert json.loads((bundle.folder / "model.json").read_bytes())["format"] == 1
     assert [path.name for path in bundle.folder.iterdir()] == ["model.json"]
     with pytest.raises(BundleError, match=r"best.safetensors is missing: the run has not saved these weights yet"):
