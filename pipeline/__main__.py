@@ -12,7 +12,7 @@ from pipeline.commands import monitor, prepare, publish, report, sweep, sync
 
 COMMANDS = {"prepare": prepare, "sync": sync, "report": report, "sweep": sweep, "publish": publish, "monitor": monitor}
 BESIDE = ("publish", "monitor")
-"""What a training starts beside itself, and people need not see."""
+"""Commands that a training starts beside itself, and people need not see."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

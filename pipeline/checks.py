@@ -22,7 +22,7 @@ from pipeline.parallel.start import choose_device
 
 URI_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 LISTING = ("data.dataset", "data.arguments", "data.root")
-"""What decides which dataset is listed."""
+"""The keys that decide which dataset is listed."""
 
 
 def find_problems(config: Config, launch: Launch | None = None) -> Iterator[Problem]:

@@ -20,7 +20,7 @@ NOTABLE_IMBALANCE = 0.1
 
 
 class Display:
-    """What a person sees of the training. This one shows nothing: it is that of all ranks but the first."""
+    """The display of a training. This one shows nothing: all ranks but the first have it."""
 
     def begin_epoch(self, epoch: int, samples_seen: int) -> None:
         pass

@@ -28,7 +28,7 @@ logger = logging.getLogger("convoy")
 
 
 class RunOutput:
-    """What a training gives away. This one writes nothing: it is that of all ranks but the first."""
+    """The output of a training. This one writes nothing: all ranks but the first have it."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         pass

@@ -1,4 +1,4 @@
-"""What must not be written down or shown: user names and passwords in URIs, and the values of secret settings."""
+"""Credentials kept out of files and messages: users and passwords in URIs, and the values of secret settings."""
 
 from __future__ import annotations
 

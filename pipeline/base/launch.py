@@ -1,4 +1,4 @@
-"""What a launcher says about this process: torchrun, Slurm. The only reader of RANK and its companions."""
+"""The facts that torchrun and Slurm give this process. The only reader of RANK and its companions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says about this process. One process without torchrun is a world of one."""
+    """The facts that the launcher gives this process. One process without torchrun is a world of one."""
 
     rank: int = 0
     local_rank: int = 0

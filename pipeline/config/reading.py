@@ -28,7 +28,7 @@ OTHER_NAMES = {
     "batch_size": "data.global_batch_size",
     "num_workers": "data.workers",
 }
-"""What other programs call it, where the spelling alone would not tell."""
+"""Name in other programs -> key, where the spelling alone would not tell."""
 OLD_KEYS = {
     "data.synthetic_train_size": "data.arguments.train_size",
     "data.synthetic_eval_size": "data.arguments.validation_size",
@@ -40,7 +40,7 @@ OLD_KEYS = {
     "model.dropout2d": "model.arguments.dropout2d",
     "train.virtual_shards": "train.virtual_ranks",
 }
-"""What format 1 called it."""
+"""Key of format 1 -> key of today."""
 
 
 class ConfigError(ValueError):

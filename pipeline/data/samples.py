@@ -1,4 +1,4 @@
-"""What a dataset is: splits of samples in a fixed order, and all that is known of them without reading."""
+"""Datasets: splits of samples in a fixed order, and all that is known of them without reading."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Files(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What a source returns, a function `(root: Path, seed: int, **arguments)` that reads nothing."""
+    """The result of a source, a function `(root: Path, seed: int, **arguments)` that reads nothing."""
 
     name: str
     train: Samples
@@ -96,7 +96,7 @@ class Dataset:
     origin: str
     """Where the data and the splits come from, one line."""
     note: str = ""
-    """What to tell at the end of a training."""
+    """Said at the start and the end of a training."""
     digest: str = ""
     """16 hex digits that change with the data and `image_size`, the same on every machine; empty until loaded."""
     files: Files | None = None

@@ -14,7 +14,7 @@ from pipeline.run.journal import iterate
 from pipeline.run.records import EvaluationRecord, PredictionsRecord
 
 MAX_POINTS = 100_000
-"""Of a curve: more than a figure can show."""
+"""Points of a curve at most: more than a figure can show."""
 
 
 def draw_evaluation(folder: RunFolder, record: EvaluationRecord) -> list[Path]:

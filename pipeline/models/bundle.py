@@ -47,7 +47,7 @@ class Bundle:
     classes: tuple[str, ...]
     """Names, in the order of the output."""
     mean: tuple[float, ...]
-    """Of pixels in 0..1, by channel."""
+    """Mean of the pixels in 0..1, by channel; `std` likewise."""
     std: tuple[float, ...]
 
     def write(self) -> None:

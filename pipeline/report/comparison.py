@@ -59,7 +59,7 @@ class Attempt:
     seconds: float
     """Until its last record."""
     state: str
-    """As it ended; `killed` if it recorded no end, `running` if it may still be at work."""
+    """The state at its end; `killed` if it recorded no end, `running` if it may still be at work."""
     last_step: int | None
     """Optimizer steps since the beginning of the run; None if nothing was recorded."""
     tags: Mapping[str, str]
@@ -76,7 +76,7 @@ class Run:
     is_alive: bool
     """Whether a training holds the folder now, as far as this machine can see."""
     params: Mapping[str, str]
-    """As the last attempt had them; `tags` likewise."""
+    """Those of the last attempt; `tags` likewise."""
     tags: Mapping[str, str]
     attempts: Sequence[Attempt]
     dataset: DatasetRecord | None

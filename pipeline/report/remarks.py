@@ -1,4 +1,4 @@
-"""What a reader of a comparison has to know before believing it."""
+"""Remarks that a reader of a comparison needs before believing it."""
 
 from __future__ import annotations
 

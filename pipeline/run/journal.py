@@ -44,7 +44,7 @@ class Journal:
         self.run_id: str | None = None
         self.num_attempts = 0
         self.state: State | None = None
-        """Of the last status record: `running` if the attempt before was killed."""
+        """State in the last status record: `running` if the attempt before was killed."""
         complete_bytes = 0
         for record, end in iterate(path):
             self._remember(record)

@@ -1,4 +1,4 @@
-"""What a node does while it trains: metrics of its processors, memory, disks, network and GPUs.
+"""The metrics of a node while it trains: its processors, memory, disks, network and GPUs.
 
 Each node has a journal of them, system/<host>.jsonl of the run folder: keys are `system/<host>/<name>`, the step is the
 number of the sample. Imports neither torch nor mlflow, so that the monitor is a small process.

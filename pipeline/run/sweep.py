@@ -41,7 +41,7 @@ Ordered = AfterValidator(_check_order)
 
 
 class Choice(BaseModel, extra="forbid"):
-    """What the value of a key is drawn from: exactly one of these."""
+    """The distribution that the value of a key is drawn from: exactly one of these."""
 
     choice: Texts | None = None
     uniform: Annotated[tuple[float, float], Ordered] | None = None

@@ -32,7 +32,7 @@ class MlflowRun:
     id: str
     progress: Progress
     counts: Counter[str]
-    """What was published from here, by kind: points, params, tags, files, models."""
+    """Number of things published from here, by kind: points, params, tags, files, models."""
 
 
 def open_store(uri: str) -> MlflowClient:

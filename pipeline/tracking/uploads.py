@@ -1,4 +1,4 @@
-"""What MLflow shows of a run beside its records: files, figures, the model, and a description in Markdown."""
+"""The parts of a run that MLflow gets beside its records: files, figures, the model, a description in Markdown."""
 
 from __future__ import annotations
 
