@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,22 @@ import torch
 
 # Forked ranks with more threads hang if their parent ever used more than one.
 torch.set_num_threads(1)
+
+
+def _refuse_autograd_where_ranks_are_forked() -> None:
+    """Once a process ran a backward pass, the ranks it forks cannot: tests fail that are not to blame."""
+    run_backward, forks_ranks = torch.autograd.graph._engine_run_backward, os.getpid()
+
+    @functools.wraps(run_backward)
+    def in_a_process_of_its_own(*arguments: Any, **named: Any) -> Any:
+        assert os.getpid() != forks_ranks, "a backward pass in the tests' own process; use `run_ranks(1, ...)`"
+        return run_backward(*arguments, **named)
+
+    torch.autograd._engine_run_backward = in_a_process_of_its_own  # type: ignore[attr-defined]
+    torch.autograd.graph._engine_run_backward = in_a_process_of_its_own
+
+
+_refuse_autograd_where_ranks_are_forked()
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.models.catalog import MODELS, ModelSpec, builder, describe_layers, has_batch_statistics, output_of
+from pipeline.parallel.rank import Rank
+from tests.ranks import run_ranks
 
 Row = tuple[str, str, tuple[int, ...], int]
 
@@ -254,17 +256,22 @@ def test_describing_leaves_the_network_as_it_was(training: bool) -> None:
     ],
 )
 def test_the_order_of_pool_and_relu_changes_neither_values_nor_gradients(name: str, tutorial: str) -> None:
+    ours, theirs = run_ranks(1, _outputs_and_gradients, name, tutorial.split())[0]
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+def _outputs_and_gradients(rank: Rank, name: str, tutorial: list[str]) -> list[list[Tensor]]:
     torch.manual_seed(0)
     model = build_model(name, 1, 32, 10).eval()
     layers = dict(model.named_children())
-    assert set(layers) == set(tutorial.split())
-    as_in_tutorial = nn.Sequential(*(layers[layer] for layer in tutorial.split()))
+    assert set(layers) == set(tutorial)
+    as_in_tutorial = nn.Sequential(*(layers[layer] for layer in tutorial))
     images = torch.randn(8, 1, 32, 32)
     results = []
     for network in (model, as_in_tutorial):
         output = network(images)
         results.append([output, *torch.autograd.grad(output.square().sum(), list(model.parameters()))])
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    return results
 
 
 def test_a_layer_with_several_outputs_is_described_without_a_shape() -> None:
