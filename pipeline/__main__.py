@@ -1,7 +1,5 @@
 """`convoy <command>` or `python -m pipeline <command>`: what surrounds a training."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

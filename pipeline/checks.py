@@ -1,7 +1,5 @@
 """Problems that no single key shows: settings that contradict each other, the data, the model or the machine."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterator
 from urllib.parse import urlsplit
 

@@ -1,7 +1,5 @@
 """The decisions that all ranks take together at the boundary of a step: to stop, or to save."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """From a config to a trainer: wiring alone. Each room builds its own parts from its own section."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 import torch

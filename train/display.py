@@ -1,8 +1,5 @@
 """The training as a person sees it while it runs: a progress bar on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
-import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -10,10 +7,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.base.logs import logger
 from pipeline.learning.metrics import Evaluation, Straggler
 from pipeline.parallel.rank import Rank
 
-logger = logging.getLogger("convoy")
 RECORDS_PER_TIMES = 10
 """Lines of records between two lines of times."""
 NOTABLE_IMBALANCE = 0.1

@@ -4,8 +4,6 @@ The rules look at the device, the shapes, the settings and the room there is. Ot
 last bits: chosen by a stopwatch, they would make a run that nobody can repeat.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,17 +1,12 @@
 """The end of a training that failed: who says why, and with which exit code."""
 
-from __future__ import annotations
-
-import logging
-
 from pipeline.base.launch import Launch
+from pipeline.base.logs import logger
 from pipeline.base.signals import StopRequest
 from pipeline.data.samples import DataError
 from pipeline.learning.update import NonFiniteError
 from pipeline.parallel.rank import RemoteError, is_lost_connection
 from pipeline.run.folder import RunError
-
-logger = logging.getLogger("convoy")
 
 
 def report_failure(error: Exception, launch: Launch, stop: StopRequest) -> int:

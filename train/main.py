@@ -3,8 +3,6 @@
 torchrun --nproc_per_node=4 train/main.py [--config PATH] [--dry-run] [key=value ...]
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -1,8 +1,5 @@
 """Where a training writes: rank 0 into the run folder, the other ranks nowhere, and the loop need not know."""
 
-from __future__ import annotations
-
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from pipeline.base.credentials import without_credentials
+from pipeline.base.logs import logger
 from pipeline.learning.evaluation import Evaluator
 from pipeline.models.bundle import Bundle
 from pipeline.run.checkpoint import Checkpoints, TrainingState
@@ -24,7 +22,6 @@ Outcome = Literal["finished", "preempted"]
 NUM_SNAPSHOT_IMAGES = 16
 """Validation images whose predictions are recorded at each evaluation."""
 REASON_LENGTH = 500
-logger = logging.getLogger("convoy")
 
 
 class RunOutput:

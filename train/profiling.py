@@ -1,15 +1,11 @@
 """`train.profile`: a trace of some steps, as torch's profiler sees them, for chrome://tracing or Perfetto."""
 
-from __future__ import annotations
-
-import logging
 from typing import Any
 
 import torch
 
+from pipeline.base.logs import logger
 from train.output import RunOutput
-
-logger = logging.getLogger("convoy")
 
 NUM_SKIPPED = 5
 """Steps before the trace begins, in which caches fill and kernels are chosen."""

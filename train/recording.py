@@ -1,7 +1,5 @@
 """Records: of the steps since the last one, summed on the device and read a step later; and of evaluations."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The training: epochs of steps, evaluated, recorded and saved. Every rank runs the same code."""
 
-from __future__ import annotations
-
 import gc
 import time
 from dataclasses import dataclass, field, replace

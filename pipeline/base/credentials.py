@@ -1,7 +1,5 @@
 """Credentials kept out of files and messages: users and passwords in URIs, and the values of secret settings."""
 
-from __future__ import annotations
-
 import os
 import re
 

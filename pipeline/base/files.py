@@ -1,7 +1,5 @@
 """Files that other processes read: replaced as a whole, and locked while they change."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -1,13 +1,12 @@
 """The facts that torchrun and Slurm give this process. The only reader of RANK and its companions."""
 
-from __future__ import annotations
-
 import os
 import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
@@ -28,7 +27,7 @@ class Launch:
     is_requeued: bool = False  # by Slurm, which has started the job before
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Launch:
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
         """Return what the environment says, without RANK a world of one.
 
         Raises ValueError if RANK is set, but not all that belongs to it, and for processes that do not know each other.

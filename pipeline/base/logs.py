@@ -1,10 +1,10 @@
 """The log of this process: the logger `convoy` and its handler. The root logger, which mlflow uses, is left alone."""
 
-from __future__ import annotations
-
 import logging
 import socket
 import sys
+
+logger = logging.getLogger("convoy")
 
 
 def start_rank_logging(rank: int) -> logging.Logger:
@@ -19,7 +19,6 @@ def start_command_logging() -> logging.Logger:
 
 
 def _start(handler: logging.Handler, form: str, level: int) -> logging.Logger:
-    logger = logging.getLogger("convoy")
     handler.setFormatter(logging.Formatter(form))
     logger.handlers = [handler]
     logger.setLevel(level)

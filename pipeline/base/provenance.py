@@ -1,7 +1,5 @@
 """Where a run comes from: code, machine and job, as tags."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 from collections.abc import Mapping

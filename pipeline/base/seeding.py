@@ -1,7 +1,5 @@
 """Random streams as functions of a position, so that no generator state has to be carried along or saved."""
 
-from __future__ import annotations
-
 import hashlib
 import struct
 import zlib

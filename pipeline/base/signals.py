@@ -1,7 +1,5 @@
 """Signals become a request that the training answers at its next decision: save, and leave with exit code 0."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

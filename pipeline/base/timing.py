@@ -1,8 +1,5 @@
 """Named times, always on: of the phases of a step, and of what lies before the first step."""
 
-from __future__ import annotations
-
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,9 +9,8 @@ from itertools import pairwise
 import torch
 
 from pipeline.base.launch import start_ticks
+from pipeline.base.logs import logger
 from pipeline.base.phases import PHASES as PHASES
-
-logger = logging.getLogger("convoy")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """`monitor RUN_DIR`: the process that a training starts on each node to record its system metrics."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import select

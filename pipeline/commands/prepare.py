@@ -1,7 +1,5 @@
 """`prepare DATASET ...`: have datasets in place and verified before a training needs them."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

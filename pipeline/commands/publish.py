@@ -1,7 +1,5 @@
 """`publish RUN_DIR`: the process that a training starts beside itself; `sync` is its form for people."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import threading

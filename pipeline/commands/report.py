@@ -1,7 +1,5 @@
 """`report RUN_DIR ...`: one page that compares runs, made from their folders alone."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from datetime import datetime

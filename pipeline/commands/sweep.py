@@ -1,7 +1,5 @@
 """`sweep FILE`: what there is of a sweep and what is missing, and the jobs that train that."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

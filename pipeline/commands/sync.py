@@ -1,7 +1,5 @@
 """`sync [RUN_DIR ...]`: publish what the publisher of a run could not."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

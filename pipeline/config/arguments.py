@@ -1,7 +1,5 @@
 """Values that people write in YAML and on the command line: read by a declared type, described, given to functions."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import json

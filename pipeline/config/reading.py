@@ -3,8 +3,6 @@
 All values are read as text, and the schema reads that by the type of the key: `run.name=2026-11-21` stays a name.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Every setting: its type, bounds, default and help, and whether a resumed run may change it (by default not)."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Random crops and flips of a whole batch at once, on the device, drawn from (seed, epoch, sample) alone."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import torch

@@ -1,7 +1,5 @@
 """From a config to datasets and loaders."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Datasets by name: ours, by asking the modules in `sources`, or any function that can be imported."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib

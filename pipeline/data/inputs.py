@@ -1,7 +1,5 @@
 """From what a loader yields to what a step computes on: pixels gathered, augmented and normalised on the device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol

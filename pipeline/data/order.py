@@ -1,7 +1,5 @@
 """Which rank computes which sample when: a function of (seed, epoch, position), never of the number of ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast

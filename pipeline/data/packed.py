@@ -4,12 +4,9 @@ The file is in the safetensors format: a JSON header, then the tensors `<split>.
 that is known of the dataset stands in the header's metadata.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -24,6 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from pipeline.base.files import write_atomically
+from pipeline.base.logs import logger
 from pipeline.data.samples import DataError, Dataset, PixelSamples
 from pipeline.parallel.rank import LONG_TIMEOUT, Rank
 
@@ -32,8 +30,6 @@ PARTS = ("pixels", "labels")
 DTYPES = {torch.int64: "I64", torch.uint8: "U8"}
 SHARED_MEMORY = Path("/dev/shm")
 """A file here lies in memory alone."""
-
-logger = logging.getLogger("convoy")
 
 
 def write_packed(dataset: Dataset, path: Path) -> None:

@@ -1,7 +1,5 @@
 """A split that lies on the device: a micro-batch is a tensor of indices, gathered there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,12 +1,10 @@
 """Datasets: splits of samples in a fixed order, and all that is known of them without reading."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -42,7 +40,7 @@ class PixelSamples:
         self.load = load
 
     @classmethod
-    def of(cls, pixels: Tensor, labels: Tensor) -> PixelSamples:
+    def of(cls, pixels: Tensor, labels: Tensor) -> Self:
         """Return samples that are loaded already."""
         return cls(len(labels), lambda: (pixels, labels, ""))
 

@@ -1,7 +1,5 @@
 """A split that stays in host memory: DataLoader workers gather batches ahead."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The figures of a run, from its records to PNG files in its folder."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One pass over a split in blocks without padding: every sample is counted once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Losses of samples with weighted classes, summed: a step divides by the global count and gets the exact mean."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Metrics of all ranks: sums and counts, reduced when they are read, and who keeps whom waiting. No mean of means."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Optimizers, and learning-rate schedules as functions of the optimizer step."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Number formats; and from summed gradients to new weights: unscale -> check -> clip -> step, here alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any

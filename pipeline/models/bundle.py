@@ -8,14 +8,12 @@
 model.json is there from the beginning of a run on; the weights come later.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -56,7 +54,7 @@ class Bundle:
         write_atomically(self.folder / CONTENT, json.dumps({"format": FORMAT, **about}, indent=1) + "\n")
 
     @classmethod
-    def open(cls, folder: Path | str, about: Mapping[str, Any] | None = None) -> Bundle:
+    def open(cls, folder: Path | str, about: Mapping[str, Any] | None = None) -> Self:
         """Read model.json, if `about` does not give its content. Raises BundleError."""
         folder = Path(folder)
         path = folder / CONTENT

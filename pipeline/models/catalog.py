@@ -1,7 +1,5 @@
 """The models by name, the description from which one can be built again, and what can be asked of any model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass

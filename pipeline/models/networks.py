@@ -5,8 +5,6 @@ would be left for the linear layers. Where a tutorial has a ReLU and then a pool
 gradients are the same, since the largest of four stays the largest, for a quarter of the ReLU's work.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Pixels to normalised images, as a module that belongs to the model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

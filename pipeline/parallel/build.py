@@ -1,7 +1,5 @@
 """Replicas from the config: how gradients are summed is chosen here, by rule."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

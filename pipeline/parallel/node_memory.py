@@ -1,7 +1,5 @@
 """Memory that the CPU ranks of one node share, with a socket at which they meet; and gradients summed there."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket
@@ -30,7 +28,7 @@ class NodeSum(Replicas):
     statistics) become those of rank 0, as under DistributedDataParallel.
     """
 
-    def __init__(self, rank: Rank, model: nn.Module, timer: PhaseTimer, node: NodeMemory):
+    def __init__(self, rank: Rank, model: nn.Module, timer: PhaseTimer, node: "NodeMemory"):
         """`node` is as large as `open_node_sum` has it. `timer` gets a lap for `backward` where the exchange begins."""
         super().__init__(model, "shared memory")
         self._rank = rank

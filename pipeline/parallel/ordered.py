@@ -4,8 +4,6 @@ The last bits of a sum depend on its order. Here that order does not depend on t
 gradient of each of its virtual ranks into a slot, all slots meet on every rank, and are added up one by one.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import nn

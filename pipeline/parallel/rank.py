@@ -3,8 +3,6 @@
 A docstring that begins with "Collective." describes a call that every rank must make.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,7 +47,7 @@ class Rank:
             dist.all_reduce(tensor)
         return tensor
 
-    def reduce_sum_later(self, tensor: torch.Tensor) -> PendingSum:
+    def reduce_sum_later(self, tensor: torch.Tensor) -> "PendingSum":
         """Collective. Begin to sum `tensor` over the ranks, without waiting for the device or the other ranks."""
         work = dist.all_reduce(tensor, async_op=True) if self.world_size > 1 else None
         return PendingSum(tensor, work, waits_on_device=self.backend in ("nccl", "none"))

@@ -1,7 +1,5 @@
 """One model on all ranks, whose gradients are summed: by nobody, or by DistributedDataParallel over gloo or NCCL."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """How a process becomes a rank: it takes a device and threads, finds the others, and joins their process group."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import os

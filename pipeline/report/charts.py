@@ -4,8 +4,6 @@ Colour and dashes tell runs apart, and so does their number, which stands on eac
 nothing from a run folder gets into it.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping, Sequence

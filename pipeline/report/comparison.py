@@ -1,7 +1,5 @@
 """Runs to compare, and where MLflow shows them, read from their folders: without a server, torch or mlflow."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The page: what is read and drawn, put into one HTML file that needs nothing else."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterable, Sequence

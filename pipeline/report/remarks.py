@@ -1,7 +1,5 @@
 """Remarks that a reader of a comparison needs before believing it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple

@@ -9,12 +9,9 @@
 The learning rate and all random streams are functions of the position and need no file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
-import logging
 import math
 import re
 import shutil
@@ -25,12 +22,12 @@ from typing import Any
 import torch
 
 from pipeline.base.files import sync_folder, write_synced
+from pipeline.base.logs import logger
 from pipeline.config.schema import CheckpointConfig
 from pipeline.run.folder import RunError, RunFolder
 
 FORMAT = 3
 FILES = ("model.pt", "training.pt", "position.json")
-logger = logging.getLogger("convoy")
 
 
 class CheckpointError(RunError):

@@ -1,7 +1,5 @@
 """A run is a folder: its name, who may write in it, and what it says about the state of the run."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -3,8 +3,6 @@
 Records of version 1 are read as ones of version 2.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math

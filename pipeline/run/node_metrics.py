@@ -4,10 +4,7 @@ Each node has a journal of them, system/<host>.jsonl of the run folder: keys are
 number of the sample. Imports neither torch nor mlflow, so that the monitor is a small process.
 """
 
-from __future__ import annotations
-
 import fcntl
-import logging
 import socket
 import time
 from collections.abc import Callable
@@ -17,9 +14,8 @@ from typing import IO, Any
 
 import psutil
 
+from pipeline.base.logs import logger
 from pipeline.run.journal import Journal, clean_name
-
-logger = logging.getLogger("convoy")
 
 MIB = 2**20
 SHORTEST = 1.0

@@ -1,7 +1,5 @@
 """How far a run folder is published, to each store apart: published.json in the folder."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The records of a journal, one type per kind. Each line of a journal is one of them, with its version as `v`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 

@@ -1,7 +1,5 @@
 """Whether a run may be continued with the settings given, and what differs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Sweeps: a file of points of a grid, or drawn at random; and a folder, `sweep.json` beside the run folders of them."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -12,7 +10,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, PositiveFloat, ValidationError, model_validator
@@ -49,7 +47,7 @@ class Choice(BaseModel, extra="forbid"):
     integer: Annotated[tuple[int, int], Ordered] | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> Choice:
+    def _check(self) -> Self:
         if len(self.model_fields_set) != 1:
             raise ValueError("accepted: one of choice, uniform, log_uniform, integer")
         return self
@@ -86,7 +84,7 @@ class SweepFile(BaseModel, extra="forbid"):
     random: RandomSearch | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> SweepFile:
+    def _check(self) -> Self:
         if (self.grid is None) == (self.random is None):
             raise ValueError("accepted: one of grid and random")
         for key in self.keys():

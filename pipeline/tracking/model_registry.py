@@ -1,7 +1,5 @@
 """The model as something to use: logged once, tied to its metrics, and registered if that is wanted."""
 
-from __future__ import annotations
-
 import re
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -15,14 +13,14 @@ from pipeline.run.journal import metric_records
 from pipeline.run.records import MetricRecord, ModelRecord
 from pipeline.tracking.store import MlflowRun
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # it imports torch
     from pipeline.models.catalog import ModelSpec
 
 WEIGHTS_TAG = "convoy.weights"
 CHAMPION = "champion"
 
 
-def log_model(run: MlflowRun, record: ModelRecord, spec: ModelSpec, model: Any) -> str:
+def log_model(run: MlflowRun, record: ModelRecord, spec: "ModelSpec", model: Any) -> str:
     """Log the model once as an MLflow model in the pt2 format; return the id of the logged model.
 
     `model` is on the CPU, in eval mode, and takes float32 pixels in 0..255, normalising them itself, so that it
@@ -42,7 +40,7 @@ def log_model(run: MlflowRun, record: ModelRecord, spec: ModelSpec, model: Any) 
     return str(entry.model_id)
 
 
-def _log_pt2(run: MlflowRun, model_id: str, spec: ModelSpec, model: Any) -> None:
+def _log_pt2(run: MlflowRun, model_id: str, spec: "ModelSpec", model: Any) -> None:
     """Upload the model. The entry is made before, and no run is made active, which would say that it is running."""
     import mlflow.pytorch  # imports torch: 3 s that a run without a model need not wait for
     from mlflow.models import ModelSignature

@@ -5,10 +5,7 @@ overwritten, the run is found by a tag of ours). So the offset in the journal is
 what stands before it, and a crash in between costs a repetition.
 """
 
-from __future__ import annotations
-
 import json
-import logging
 import os
 import time
 from collections import Counter
@@ -20,6 +17,7 @@ from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from pipeline.base.credentials import without_credentials
+from pipeline.base.logs import logger
 from pipeline.run.folder import RunFolder
 from pipeline.run.journal import KILLED, iterate, last_moment, run_record
 from pipeline.run.published import Progress
@@ -32,7 +30,6 @@ VALUES_PER_REQUEST = 100
 PARAM_LENGTH = 6000
 REASON_LENGTH = 500
 MLFLOW_STATUS = {"running": "RUNNING", "finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
-logger = logging.getLogger("convoy")
 
 
 class Publisher:

@@ -1,7 +1,5 @@
 """MLflow's store as the publisher finds it: opened safely, with the experiment, the run, and the run of its sweep."""
 
-from __future__ import annotations
-
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass

@@ -1,8 +1,5 @@
 """The parts of a run that MLflow gets beside its records: files, figures, the model, a description in Markdown."""
 
-from __future__ import annotations
-
-import logging
 import os
 import re
 from collections import defaultdict
@@ -16,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from pipeline.base.credentials import without_credentials
+from pipeline.base.logs import logger
 from pipeline.figures.of_run import draw_evaluation, draw_filters, draw_history, draw_snapshot
 from pipeline.run.journal import iterate
 from pipeline.run.records import ModelRecord, PredictionsRecord, Record
@@ -25,7 +23,6 @@ from pipeline.tracking.store import NOTE_TAG, MlflowRun
 KINDS_WITH_FILES = ("predictions", "evaluation", "model", "artifact", "status")
 TAG_LENGTH = 8000
 RECIPE = "data.dataset model.name loss optim.name optim.lr optim.schedule data.global_batch_size train.epochs run.seed"
-logger = logging.getLogger("convoy")
 
 
 def upload(run: MlflowRun, record: Record) -> None:

@@ -1,8 +1,5 @@
 """One attempt at a run: claim its folder, begin, train, finish or fail, close. Rank 0 writes, all ranks take part."""
 
-from __future__ import annotations
-
-import logging
 import os
 import shlex
 from collections.abc import Iterator
@@ -10,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.base.logs import logger
 from pipeline.data.samples import Dataset
 from pipeline.parallel.rank import Rank
 from pipeline.run.checkpoint import TrainingState
@@ -25,7 +23,6 @@ from train.trainer import Trainer
 
 PREEMPTED_TIMEOUT = 10.0
 """Seconds to wait for the publisher after a request to stop: who asked will not wait for tracking.close_timeout."""
-logger = logging.getLogger("convoy")
 
 
 @dataclass

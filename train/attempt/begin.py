@@ -1,8 +1,5 @@
 """The beginning of an attempt on rank 0: what it finds and is given, recorded before the first step."""
 
-from __future__ import annotations
-
-import logging
 import os
 import shlex
 import sys
@@ -16,6 +13,7 @@ import torch
 
 from pipeline.base.credentials import without_credentials
 from pipeline.base.files import write_atomically
+from pipeline.base.logs import logger
 from pipeline.base.provenance import collect_provenance
 from pipeline.config import Config
 from pipeline.data.samples import Dataset
@@ -29,8 +27,6 @@ from pipeline.run.sweep import read_sweep_folder
 from train.attempt.claim import Claim, Invocation
 from train.build import build_schedule, build_spec
 from train.output import NUM_SNAPSHOT_IMAGES, FolderOutput
-
-logger = logging.getLogger("convoy")
 
 
 def begin_attempt(call: Invocation, claim: Claim, rank: Rank, dataset: Dataset) -> tuple[FolderOutput, str]:

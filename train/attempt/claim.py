@@ -1,7 +1,5 @@
 """The claim of a run folder for one attempt: which folder it is, where its training stands, what forbids to go on."""
 
-from __future__ import annotations
-
 import os
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The end of an attempt on rank 0: weights, predictions and evaluation of a finished training, or where it stopped."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from typing import Any

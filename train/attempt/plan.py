@@ -1,7 +1,5 @@
 """The plan of a training, without starting it: `--dry-run`."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,8 +1,5 @@
 """The processes that run beside a training: to be started and ended by it. Imports no mlflow."""
 
-from __future__ import annotations
-
-import logging
 import os
 import signal
 import subprocess
@@ -10,11 +7,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.base.logs import logger
 from pipeline.base.signals import SIGNALS
 from pipeline.models.bundle import TRUST_VARIABLE
 from pipeline.run.node_metrics import host_name
-
-logger = logging.getLogger("convoy")
 
 
 class PublisherProcess:

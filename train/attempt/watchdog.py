@@ -4,10 +4,7 @@ Once a second it checks whether the training still sends heartbeats, whether the
 rank 0, whether a file asks for a checkpoint or for the end.
 """
 
-from __future__ import annotations
-
 import faulthandler
-import logging
 import os
 import sys
 import threading
@@ -22,6 +19,7 @@ from torch.autograd import graph
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.base.launch import Launch
+from pipeline.base.logs import logger
 from pipeline.base.signals import StopRequest
 from pipeline.config import Config
 from pipeline.data.resident import ResidentLoader
@@ -43,7 +41,6 @@ LAST_WORDS = 5.0
 GRACE = 25.0
 """Seconds in which a training without a launcher has to save and to leave."""
 WAITING = "waiting for other ranks"
-logger = logging.getLogger("convoy")
 
 PHASES: dict[Callable[..., object], str] = {
     Trainer.save: "the save of a checkpoint",

@@ -4,8 +4,6 @@ Small models are bound by the launches: some fifty kernels a step, each of which
 Replaying a graph launches them all at once.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """A step as torch's manual has it, operation by operation, for all cases."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 from torch import Tensor

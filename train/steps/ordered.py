@@ -1,7 +1,5 @@
 """A step whose result does not depend on the number of ranks, to the last bit."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from pipeline.base.seeding import stream_seed

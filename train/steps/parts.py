@@ -1,7 +1,5 @@
 """The interface of a training step, and the parts that every way of executing one has."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """The digits that scikit-learn brings: small, real, and there without a download."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from typing import Annotated

@@ -1,12 +1,9 @@
 """Published files, verified whenever they are read, and fetched so that no race, interruption or bad mirror can leave
 half a dataset behind."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import http.client
-import logging
 import os
 import platform
 import shutil
@@ -22,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.base.files import locked
+from pipeline.base.logs import logger
 from pipeline.data.samples import DataError
 
 SOCKET_TIMEOUT_SECONDS = 20.0
 """A machine without a network must say so soon; a slow mirror sends something more often than this."""
 LOCK_NAME = ".download.lock"
-
-logger = logging.getLogger("convoy")
 
 
 @dataclass(frozen=True)

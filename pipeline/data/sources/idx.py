@@ -1,7 +1,5 @@
 """Datasets of four IDX files, the format of MNIST and its relatives."""
 
-from __future__ import annotations
-
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Datasets that are downloaded: MNIST and its relatives, and CIFAR-10. The layout on disk is torchvision's."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Random images of any shape that a model can learn: for benchmarks and tests."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Annotated
