@@ -23,7 +23,7 @@ from pipeline.run.journal import KILLED, iterate, last_moment, run_record
 from pipeline.run.published import Progress
 from pipeline.run.records import Record, State
 from pipeline.tracking.store import MlflowRun, find_or_create_run, open_store, run_exists, set_status, update_sweep
-from pipeline.tracking.uploads import KINDS_WITH_FILES, TAG_LENGTH, describe, upload
+from pipeline.tracking.uploads import KINDS_WITH_FILES, TAG_LENGTH, UploadError, describe, upload
 
 METRICS_PER_REQUEST = 1000
 VALUES_PER_REQUEST = 100
@@ -41,6 +41,8 @@ class Publisher:
         self._progress = Progress(folder, uri)
         self._run: MlflowRun | None = None
         self.counts: Counter[str] = Counter()
+        self.failed_files: set[tuple[Path, int]] = set()
+        """Journal and offset of the records whose files could not be published; not tried again by this publisher."""
 
     def drain(self, is_training_alive: Callable[[], bool] = lambda: True) -> State | None:
         """Publish all records beyond the stored offsets; return the state of the run by the last status among them.
@@ -77,10 +79,16 @@ class Publisher:
     def _drain_files(self, run: MlflowRun) -> None:
         for path, offset in self._progress.files_left:
             record, _ = next(iterate(path, offset))
+            if (path, offset) in self.failed_files:
+                continue
             try:
                 upload(run, record)
             except MlflowException as error:
                 _pass_over(run, f"the {record['kind']} {record.get('path', '')}".strip(), error)
+            except UploadError as error:
+                logger.warning("%s", error)
+                self.failed_files.add((path, offset))
+                continue
             self._progress.file_is_published(path, offset)
 
     def _connect(self) -> MlflowRun:
@@ -148,7 +156,7 @@ def follow(
             if outage:
                 logger.info("tracking works again")
             if not alive or state not in (None, "running"):
-                return True
+                return not publisher.failed_files
             outage, pause = False, 0.5
         if time.monotonic() + pause > deadline:
             return False

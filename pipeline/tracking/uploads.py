@@ -25,8 +25,12 @@ TAG_LENGTH = 8000
 RECIPE = "data.dataset model.name loss optim.name optim.lr optim.schedule data.global_batch_size train.epochs run.seed"
 
 
+class UploadError(Exception):
+    """A file that the run folder lacks, or that cannot be read, is not published; a later sync tries again."""
+
+
 def upload(run: MlflowRun, record: Record) -> None:
-    """Upload the files that come with a record; may be repeated."""
+    """Upload the files that come with a record; may be repeated. Raises UploadError, or what MLflow raises."""
     match record["kind"]:
         case "predictions":
             _log_snapshot(run, record)
@@ -81,19 +85,22 @@ def _log_snapshot(run: MlflowRun, record: PredictionsRecord) -> None:
 
 
 def _log_model(run: MlflowRun, record: ModelRecord) -> None:
-    from pipeline.models.bundle import (  # imports torch: 3 s that a run without a model need not wait for
-        TRUST_VARIABLE,
-        Bundle,
-        OwnCodeError,
-    )
+    """Log the model of a training that has ended, unless a later training has replaced it."""
+    from pipeline.models.bundle import TRUST_VARIABLE, Bundle, BundleError  # imports torch: 3 s, which not all need
 
     weights = run.folder.path / record["path"]
     if not weights.is_file() or sha256(weights.read_bytes()).hexdigest() != record["sha256"]:
-        logger.warning("%s is gone, or was replaced by a later one: not logged", record["path"])
-        return
+        if _was_resumed(run, record):
+            logger.info("%s of step %d was replaced by a later training", record["path"], record["step"])
+            return
+        what = "is not as it was written" if weights.is_file() else "is gone"
+        raise UploadError(f"the model is not published: {weights} {what}; put it back, and sync again")
     try:
         bundle = Bundle.open(weights.parent, record.get("description"))
         model = bundle.load(weights.stem, own_code=os.environ.get(TRUST_VARIABLE) == "1")
+    except BundleError as error:
+        raise UploadError(f"the model is not published: {error}") from error
+    try:
         _log_figures(run, draw_filters, model)
         model_id = log_model(run, record, bundle.spec, model)
         tie_to_metrics(run, record, model_id)
@@ -103,10 +110,17 @@ def _log_model(run: MlflowRun, record: ModelRecord) -> None:
             outcome = register(run, record, model_id, record["register"])
             logger.info("%s", outcome)
             run.progress.update(model_outcome=outcome)
-    except (MlflowException, OSError, OwnCodeError):
-        raise  # the server, or for the user to allow; tried again
+    except (MlflowException, OSError):
+        raise  # the server; tried again
     except Exception as error:
         logger.warning("the model cannot be logged, its weights are in %s: %s", record["path"], error)
+
+
+def _was_resumed(run: MlflowRun, record: ModelRecord) -> bool:
+    """Return whether the run was trained on after the training that left this model."""
+    records = [each for each, _ in iterate(run.folder.journal, kinds=("model", "status"))]
+    later = records[records.index(record) :]
+    return any(each["kind"] == "status" and each["state"] == "running" for each in later)
 
 
 def _description(run: MlflowRun) -> str:

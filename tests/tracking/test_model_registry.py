@@ -10,11 +10,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from pipeline.models.bundle import Bundle
+from pipeline.models.bundle import TRUST_VARIABLE, Bundle
 from pipeline.models.catalog import ModelSpec
 from pipeline.run.folder import RunFolder
 from pipeline.run.journal import Journal
-from pipeline.tracking.publisher import Publisher
+from pipeline.run.published import Progress
+from pipeline.tracking.publisher import Publisher, follow
 from tests.records import run_record
 
 NAME = "digits classifier"
@@ -142,3 +143,62 @@ def test_a_model_whose_metric_is_not_finite_is_registered_and_no_champion(tmp_pa
     client = MlflowClient(tracking_uri=uri)
     assert len(client.search_model_versions(f"name = '{NAME}'")) == 1
     assert client.get_registered_model(NAME).aliases == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("best.safetensors", None, "best.safetensors is gone; put it back"),
+        ("best.safetensors", b"other bytes", "best.safetensors is not as it was written; put it back"),
+        ("model.json", None, "model.json cannot be read: No such file"),
+        ("model.json", b"{}", "model.json is damaged"),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_not_called_published_and_a_later_sync_has_it(
+    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture, name: str, content: bytes | None, reason: str
+) -> None:
+    run = Run(tmp_path, "one", **{"eval/accuracy": 0.75})
+    run.record()
+    run.journal.status("finished")
+    file = run.folder.model / name
+    sound = file.read_bytes()
+    file.unlink() if content is None else file.write_bytes(content)
+    publisher = Publisher(run.folder, uri)
+    assert not follow(publisher, lambda: False)
+    assert reason in caplog.text
+    assert not Progress(run.folder, uri).is_complete()
+    assert MlflowClient(tracking_uri=uri).search_registered_models() == []
+    (mlflow_run,) = MlflowClient(tracking_uri=uri).search_runs(["1"])
+    assert mlflow_run.info.status == "FINISHED"  # all else is there
+    file.write_bytes(sound)
+    again = Publisher(run.folder, uri)
+    assert follow(again, lambda: False)
+    assert again.counts["models"] == 1
+    assert Progress(run.folder, uri).is_complete()
+
+
+def test_a_model_that_a_later_training_replaced_is_not_missed(tmp_path: Path, uri: str) -> None:
+    run = Run(tmp_path, "one", **{"eval/accuracy": 0.75})
+    run.record()
+    run.journal.status("finished")
+    run.journal.status("running")
+    run.bundle.save("best", {key: value + 1 for key, value in run.bundle.load_weights("best").items()})
+    run.record()
+    run.journal.status("finished")
+    publisher = Publisher(run.folder, uri)
+    assert follow(publisher, lambda: False)
+    assert publisher.counts["models"] == 1
+
+
+def test_a_model_that_may_not_be_imported_waits_for_a_sync_that_may(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, "one", **{"eval/accuracy": 0.75})
+    run.record()
+    run.journal.status("finished")
+    monkeypatch.delenv(TRUST_VARIABLE)
+    assert not follow(Publisher(run.folder, uri), lambda: False)
+    assert f"{TRUST_VARIABLE}=1" in caplog.text
+    assert "tracking does not work" not in caplog.text
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
+    assert follow(Publisher(run.folder, uri), lambda: False)
