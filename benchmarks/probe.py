@@ -199,7 +199,7 @@ def train_over_nccl(rank: Rank, way: str, *, compress: bool, num_steps: int = 10
     images = torch.zeros(1, 1, 28, 28, device=rank.device)
     ddp = DDPReplicas(trainer.model, replace(rank, backend="nccl"), trainer.timer, images, 1, compress, stream)
     parts = replace(trainer.step._parts, replicas=ddp)
-    trainer.step = EagerStep(parts) if stream is None else CapturedStep(parts, 64, stream)
+    trainer.step = EagerStep(parts) if stream is None else CapturedStep(parts, 64)
     trainer.step.prepare()
     trainer.train_epoch()
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]).cpu()
@@ -222,7 +222,7 @@ def prepare_trainer(rank: Rank, batch_size: int, num_steps: int, *settings: str)
     own = (f"data.global_batch_size={batch_size}", f"train.log_every={NEVER}", "optim.schedule=constant")
     config = load_config(parse_command_line([*data, *own, *settings]))
     dataset = load_dataset(config.data, list_dataset(config.data, config.run.seed), rank)
-    trainer = build_trainer(config, rank, dataset, RunOutput(), StopRequest(), StartupTimer(), "probe")
+    trainer = build_trainer(config, rank, dataset, RunOutput(), StopRequest(), StartupTimer())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*capturable=True.*")  # the step is captured here
         trainer.step.prepare()

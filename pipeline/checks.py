@@ -8,8 +8,8 @@ from torch import nn
 
 from pipeline.base.credentials import without_credentials
 from pipeline.base.launch import Launch
-from pipeline.config import Config, Problem
-from pipeline.config.arguments import check_arguments, show
+from pipeline.config import Config
+from pipeline.config.arguments import Problem, check_arguments, show
 from pipeline.data.augment import Augment
 from pipeline.data.build import list_dataset
 from pipeline.data.catalog import source
@@ -46,8 +46,7 @@ def _refuse(config: Config, reason: str, *keys: str) -> Problem:
 def _check_optim(config: Config) -> Iterator[Problem]:
     optim = config.optim
     if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0):
-        given = f"optim.name={optim.name} with optim.momentum={optim.momentum:g}"
-        reason = f"needs optim.name=sgd and optim.momentum > 0, not {given}"
+        reason = f"needs optim.name=sgd and optim.momentum > 0, not {optim.name} with optim.momentum={optim.momentum:g}"
         yield _refuse(config, reason, "optim.nesterov", "optim.name", "optim.momentum")
     if optim.momentum > 0 and optim.name not in ("sgd", "rmsprop"):
         reason = f"{optim.name} has none; accepted with sgd and rmsprop, else 0"
@@ -64,10 +63,7 @@ def _check_train(config: Config) -> Iterator[Problem]:
         reason = f"its result depends on which virtual ranks a rank computes; accepted with train.reproducible: {way}"
         yield _refuse(config, reason, key, "train.reproducible")
     if train.reproducible and train.accumulate > 1:
-        reason = (
-            "a reproducible step computes its virtual ranks one after the other as it is; accepted: 1, and a larger "
-            "train.virtual_ranks for less memory"
-        )
+        reason = "a reproducible step computes its virtual ranks one after another; use 1 and more of them"
         yield _refuse(config, reason, "train.accumulate", "train.reproducible")
     if train.backend == "nccl" and train.device == "cpu":
         yield _refuse(config, "works on GPUs only; use gloo", "train.backend", "train.device")
@@ -102,10 +98,7 @@ def _check_tracking(config: Config) -> Iterator[Problem]:
 def _check_machine(config: Config, launch: Launch) -> Iterator[Problem]:
     train = config.train
     if train.reproducible and launch.world_size > train.virtual_ranks:
-        reason = (
-            f"fewer than the {launch.world_size} ranks of a reproducible training; start as many ranks at most, or set "
-            "more virtual ranks (which gives other bits)"
-        )
+        reason = f"fewer than the {launch.world_size} ranks; start fewer, or set more (which gives other bits)"
         yield _refuse(config, reason, "train.virtual_ranks", "train.reproducible")
     try:
         device = choose_device(launch, train.device, train.backend)
@@ -169,10 +162,9 @@ def _check_model(config: Config, dataset: Dataset | None) -> Iterator[Problem]:
     yield from (Problem((*problem.keys, "model.name"), problem.message) for problem in wrong)
     if wrong or dataset is None:
         return
+    spec = ModelSpec(name, given, dataset.channels, dataset.image_size, len(dataset.classes))
     try:
-        model = _build_without_weights(
-            ModelSpec(name, given, dataset.channels, dataset.image_size, len(dataset.classes))
-        )
+        model = _build_without_weights(spec)
     except Exception as error:  # the builder may be anybody's
         arguments = " ".join(f"model.arguments.{key}={value}" for key, value in given.items())
         model_words = f"model.name={name} cannot be built{' with ' * bool(arguments)}{arguments}"

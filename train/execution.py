@@ -30,11 +30,7 @@ class Execution:
 
 
 def choose_execution(config: Config, rank: Rank, dataset: Dataset) -> Execution:
-    """Collective. Return what rank 0 chooses for all."""
-    return rank.run_on_main(lambda: _choose(config, rank, dataset))
-
-
-def _choose(config: Config, rank: Rank, dataset: Dataset) -> Execution:
+    """Return how rank 0 would have all ranks execute the training."""
     num_sharing = -(-rank.local_world_size // max(1, torch.cuda.device_count()))
     placement, why_there = choose_placement(config.data.placement, num_bytes(dataset) * num_sharing, rank.device)
     obstacle = find_capture_obstacle(config, rank, placement)

@@ -24,12 +24,11 @@ from pipeline.config import ConfigError, load_config, parse_command_line
 from pipeline.data.build import list_dataset, load_dataset
 from pipeline.parallel.rank import Rank
 from pipeline.parallel.start import start_rank
-from train.attempt.attempt import Attempt, open_attempt
+from train.attempt.attempt import Attempt, open_attempt, report_failure
 from train.attempt.claim import Invocation
 from train.attempt.plan import show_plan
 from train.attempt.watchdog import watching_launcher, watching_training
 from train.build import build_trainer
-from train.failures import report_failure
 
 
 @record
@@ -83,11 +82,11 @@ def train(call: Invocation, rank: Rank, stop: StopRequest, startup: StartupTimer
             startup.lap("data")
             state = attempt.begin(dataset)
             startup.lap("run_folder")
-            trainer = build_trainer(call.config, rank, dataset, attempt.output, stop, startup, attempt.run_id)
+            trainer = build_trainer(call.config, rank, dataset, attempt.output, stop, startup)
             startup.lap("build")
             if state is not None:
                 trainer.load_state(state)
-            with watching_training(call.config, attempt, trainer):
+            with watching_training(attempt, trainer):
                 attempt.end(trainer.fit(), trainer)
     return attempt
 

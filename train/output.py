@@ -27,6 +27,9 @@ REASON_LENGTH = 500
 class RunOutput:
     """The output of a training. This one writes nothing: all ranks but the first have it."""
 
+    run_id = ""
+    """Of the run, on rank 0."""
+
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         pass
 
@@ -54,6 +57,7 @@ class FolderOutput(RunOutput):
     journal: Journal
     checkpoints: Checkpoints
     bundle: Bundle
+    run_id: str = ""
     tag_prefix: str = ""
     """Prefix of the tags of this attempt: none for the first."""
     saved_step: int | None = None

@@ -12,18 +12,7 @@ NUM_SKIPPED = 5
 
 
 class Profiler:
-    """Is told of the end of each step, and of the training. This one does nothing."""
-
-    def after_step(self, output: RunOutput) -> bool:
-        """Return whether time was spent on writing a trace."""
-        return False
-
-    def close(self, output: RunOutput) -> None:
-        """Write what there is of a trace that is not complete."""
-
-
-class StepProfiler(Profiler):
-    """Traces `num_steps` consecutive steps of this rank and gives the trace to the run."""
+    """Traces `num_steps` consecutive steps of this rank, none if 0, and gives the trace to the run."""
 
     def __init__(self, num_steps: int):
         self._num_steps = num_steps
@@ -31,27 +20,21 @@ class StepProfiler(Profiler):
         self._profile: Any = None
 
     def after_step(self, output: RunOutput) -> bool:
+        """Return whether time was spent on writing a trace."""
         self._steps_seen += 1
-        if self._steps_seen == NUM_SKIPPED:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._profile = torch.profiler.profile(activities=activities, record_shapes=True)
+        if self._num_steps > 0 and self._steps_seen == NUM_SKIPPED:
+            self._profile = torch.profiler.profile(record_shapes=True)
             self._profile.start()
-        elif self._steps_seen == NUM_SKIPPED + self._num_steps:
+        elif self._profile is not None and self._steps_seen == NUM_SKIPPED + self._num_steps:
             self.close(output)
             return True
         return False
 
     def close(self, output: RunOutput) -> None:
+        """Write what there is of a trace that is not complete."""
         if self._profile is not None:
             self._profile.stop()
             output.save_trace(self._profile.export_chrome_trace)
             self._profile = None
-        elif self._steps_seen < NUM_SKIPPED:
+        elif self._num_steps > 0 and self._steps_seen < NUM_SKIPPED:
             logger.warning("no trace: the training ended before step %d, behind which it begins", NUM_SKIPPED)
-
-
-def build_profiler(num_steps: int) -> Profiler:
-    """Return a profiler that traces `num_steps` steps; for 0 one that does nothing."""
-    return StepProfiler(num_steps) if num_steps else Profiler()

@@ -1,6 +1,7 @@
 """Records: of the steps since the last one, summed on the device and read a step later; and of evaluations."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,25 +21,13 @@ NUM_SNAPSHOTS = 32
 """Evaluations of a training at which predictions are recorded, at most, evenly over it."""
 
 
-@dataclass(frozen=True)
-class PendingRecord:
-    """A record whose sum over the ranks is on its way."""
-
-    sum: PendingSum
-    num_samples: int
-    step: int
-    lr: float
-    images_per_second: float
-
-
 class Recording:
     """Sums the results of steps, and makes a record of them. Adding does not wait for the device."""
 
     def __init__(
         self, config: TrainConfig, rank: Rank, timer: PhaseTimer, update: Update, output: RunOutput, display: Display
     ):
-        self._max_nonfinite = config.max_nonfinite
-        self._num_epochs = config.epochs
+        self._config = config
         self._rank = rank
         self._timer = timer
         self._update = update
@@ -48,7 +37,8 @@ class Recording:
         self._num_samples = 0
         self._timed_samples = 0
         """The samples since the last record of this attempt, which `images/s` is about."""
-        self._pending: PendingRecord | None = None
+        self._pending: Callable[[], None] | None = None
+        """Writes the record whose sum over the ranks is on its way."""
 
     def add(self, sums: Tensor, num_samples: int) -> None:
         """Add a step. `sums`, float64 [loss, correct], is this rank's; `num_samples` counts those of all ranks."""
@@ -70,7 +60,8 @@ class Recording:
         on_device = milliseconds.flatten().to(self._sums.device, non_blocking=True)
         skipped = self._update.take_skipped() * self._rank.is_main
         pending = self._rank.reduce_sum_later(torch.cat((self._sums, skipped, on_device)))
-        self._pending = PendingRecord(pending, self._num_samples, step, self._update.lr, rate)
+        others = {"train/lr": self._update.lr, "perf/images_per_second": rate}
+        self._pending = partial(self._write, step, pending, self._num_samples, others)
         self._sums.zero_()
         self._num_samples = self._timed_samples = 0
 
@@ -79,41 +70,34 @@ class Recording:
 
         Raises NonFiniteError on rank 0, RemoteError on the others, after too many skipped steps in a row.
         """
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        self._timer.lap("other")
-        loss, correct, num_skipped, longest_run, *flat = pending.sum.values()
-        self._timer.lap("communication")
-        width = len(flat) // self._rank.world_size
-        by_rank = [flat[i : i + width] for i in range(0, len(flat), width)]
-        straggler = find_straggler(by_rank)
-        metrics = {
-            "train/loss": loss / max(1, pending.num_samples),
-            "train/accuracy": correct / max(1, pending.num_samples),
-            "train/lr": pending.lr,
-            "perf/images_per_second": pending.images_per_second,
-        }
-        metrics |= mean_times(by_rank) | (straggler.metrics if straggler else {})
-        metrics |= {"train/skipped_steps": num_skipped} if num_skipped else {}
-        self._output.metrics(metrics, pending.step)
-        self._display.record(pending.step, metrics, straggler)
-        if longest_run >= self._max_nonfinite:
-            self._give_up(int(longest_run), pending.step)
+        if self._pending is not None:
+            write, self._pending = self._pending, None
+            write()
 
-    def _give_up(self, num_skipped: int, step: int) -> None:
-        reason = (
-            f"the gradients of {num_skipped} steps in a row, up to step {step:,}, were not finite (train.max_nonfinite "
-            f"= {self._max_nonfinite}); none of them changed the weights. Lower optim.lr, set train.clip_norm, or look "
-            "for what is wrong in the data"
-        )
-        raise NonFiniteError(reason) if self._rank.is_main else RemoteError(reason)
+    def _write(self, step: int, pending: PendingSum, num_samples: int, others: Mapping[str, float]) -> None:
+        self._timer.lap("other")
+        loss, correct, num_skipped, longest_run, *flat = pending.values()
+        self._timer.lap("communication")
+        times = torch.tensor(flat, dtype=torch.float64).view(self._rank.world_size, -1)
+        straggler = find_straggler(times)
+        metrics = {"train/loss": loss / max(1, num_samples), "train/accuracy": correct / max(1, num_samples), **others}
+        metrics |= mean_times(times) | (straggler.metrics if straggler else {})
+        metrics |= {"train/skipped_steps": num_skipped} if num_skipped else {}
+        self._output.metrics(metrics, step)
+        self._display.record(step, metrics, straggler)
+        if longest_run >= self._config.max_nonfinite:
+            reason = (
+                f"the gradients of {longest_run:.0f} steps in a row, up to step {step:,}, were not finite "
+                f"(train.max_nonfinite = {self._config.max_nonfinite}); none of them changed the weights. Lower "
+                "optim.lr, set train.clip_norm, or look for what is wrong in the data"
+            )
+            raise NonFiniteError(reason) if self._rank.is_main else RemoteError(reason)
 
     def evaluated(self, position: Position, evaluator: Evaluator, evaluation: Evaluation, seconds: float) -> None:
         """Record the evaluation at the end of an epoch, and at some of them a snapshot of predictions."""
-        step, number = position.global_step, position.epoch + 1
+        step, number, num_epochs = position.global_step, position.epoch + 1, self._config.epochs
         self._output.metrics(evaluation.metrics | {"time/evaluation_seconds": seconds}, step)
-        if number == self._num_epochs or number % -(-self._num_epochs // NUM_SNAPSHOTS) == 0:
+        if number == num_epochs or number % -(-num_epochs // NUM_SNAPSHOTS) == 0:
             self._output.predictions(evaluator, step)
         self._display.evaluated(position.epoch, evaluation, seconds)
 

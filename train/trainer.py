@@ -8,9 +8,9 @@ from torch import nn
 
 from pipeline.base.signals import StopRequest
 from pipeline.base.timing import PhaseTimer, StartupTimer
-from pipeline.config.schema import CheckpointConfig, TrainConfig
-from pipeline.data.inputs import Loader
-from pipeline.learning.evaluation import Evaluator, Interrupted
+from pipeline.config.schema import TrainConfig
+from pipeline.data.loaders import Loader
+from pipeline.learning.evaluation import Evaluator
 from pipeline.learning.metrics import Evaluation
 from pipeline.learning.update import Update
 from pipeline.parallel.rank import Rank
@@ -20,6 +20,7 @@ from train.display import Display
 from train.output import Outcome, RunOutput
 from train.profiling import Profiler
 from train.recording import Recording
+from train.saving import Saving
 from train.steps.parts import Step
 
 
@@ -28,7 +29,7 @@ class Trainer:
     """Trains a model. All parts are built outside and given in."""
 
     config: TrainConfig
-    saving: CheckpointConfig
+    saving: Saving
     rank: Rank
     model: nn.Module
     """Unwrapped: evaluated and saved. `step` trains the same model, wrapped as it needs."""
@@ -54,27 +55,27 @@ class Trainer:
     heartbeats: int = 0
     """Grows with each step, each batch of an evaluation and each save."""
     _stopping: bool = False
-    _saved_at: float = field(default_factory=time.monotonic)
 
     def fit(self) -> Outcome:
         """Collective. Train from `position` to the last epoch, or until asked to stop."""
         self.step.prepare()
         self.timer.read()  # forgets what the preparation took
-        outcome = self._train_epochs()
+        is_finished = self._train_epochs()
         gc.unfreeze()
         self.profiler.close(self.output)
-        if outcome == "finished" and self.last_evaluation is None:  # resumed behind the last epoch
-            self.last_evaluation = self.evaluator.evaluate(self.heartbeat)
-        return outcome
+        if is_finished and self.last_evaluation is None:  # resumed behind the last epoch
+            self.last_evaluation = self.evaluator.evaluate(self.after_evaluation_batch)
+        return "finished" if is_finished and self.last_evaluation else "preempted"
 
-    def _train_epochs(self) -> Outcome:
+    def _train_epochs(self) -> bool:
+        """Collective. Return False if a request to stop interrupted it."""
         while self.position.epoch < self.config.epochs:
             if not self.train_epoch() or not self.evaluate():
                 self.save()
-                return "preempted"
+                return False
             if self.position.epoch < self.config.epochs and self.rank.any(bool(self.stop)):
-                return "preempted"
-        return "finished"
+                return False
+        return True
 
     def train_epoch(self) -> bool:
         """Collective. Train what remains of the epoch; return False if a request to stop interrupted it."""
@@ -82,7 +83,6 @@ class Trainer:
         started = time.perf_counter()
         self.model.train()
         self.display.begin_epoch(epoch, samples_seen)
-        self._stopping = False
         self.agreement.restart()
         self.timer.start()
         for batch in self.train_loader.batches(epoch, samples_seen):
@@ -112,19 +112,13 @@ class Trainer:
         if self.profiler.after_step(self.output):
             self.timer.start()  # writing the trace belongs to no step
         self.recording.finish()
-        is_last = self.position.global_step == self.update.schedule.total_steps
-        if self._is_due(self.config.log_every) or is_last:
-            self.recording.begin(self.position.global_step)
-        decision = self.agreement.after_step(stop=bool(self.stop), save=self._wants_to_save())
+        step = self.position.global_step
+        if step % self.config.log_every == 0 or step == self.update.schedule.total_steps:
+            self.recording.begin(step)
+        decision = self.agreement.after_step(stop=bool(self.stop), save=self.saving.is_wanted())
         self._stopping = decision.stop
-        if (decision.save or self._is_due(self.saving.every_steps)) and not self._stopping:
+        if (decision.save or self.saving.is_due(step)) and not self._stopping:
             self.save()
-
-    def _wants_to_save(self) -> bool:
-        """Return whether rank 0 wants a checkpoint, by its clock or on request; it counts in the next vote."""
-        minutes = self.saving.every_minutes
-        is_time = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        return self.rank.is_main and (is_time or self.stop.wants_save)
 
     def evaluate(self) -> bool:
         """Collective. End the epoch: evaluate, record, remember the best, save.
@@ -133,43 +127,35 @@ class Trainer:
         """
         started = time.perf_counter()
         self.agreement.restart()
-        try:
-            evaluation = self.evaluator.evaluate(self._after_evaluation_batch)
-        except Interrupted:
+        evaluation = self.last_evaluation = self.evaluator.evaluate(self.after_evaluation_batch)
+        if evaluation is None:
             return False
         seconds = time.perf_counter() - started
         self.timer.start()  # it belongs to no step
-        self.last_evaluation = evaluation
         self.recording.evaluated(self.position, self.evaluator, evaluation, seconds)
-        value = evaluation.metrics[self.saving.metric]
-        is_best = self.best is None or is_better(self.saving.metric, value, self.best.value)
+        value = evaluation.metrics[self.saving.config.metric]
+        is_best = self.best is None or is_better(self.saving.config.metric, value, self.best.value)
         if is_best and self.output.save_best(self.model.state_dict()):  # else the best before it stays
             self.best = Best(value, self.position.global_step)
         self.position = replace(self.position, epoch=self.position.epoch + 1, samples_seen=0)
         self.save(value)
         return True
 
-    def heartbeat(self) -> bool:
-        """Tell the watchdog that the training advances. Returns False: it interrupts nothing."""
+    def heartbeat(self) -> None:
+        """Tell the watchdog that the training advances."""
         self.heartbeats += 1
-        return False
 
-    def _after_evaluation_batch(self) -> bool:
+    def after_evaluation_batch(self) -> bool:
         """Collective. Return whether all are to stop."""
-        return self.heartbeat() or self.agreement.after_step(stop=bool(self.stop)).stop
+        self.heartbeat()
+        return self.agreement.after_step(stop=bool(self.stop)).stop
 
     def save(self, value: float | None = None) -> None:
         """Collective. Save a checkpoint. `value` is the evaluation at this step, if there was one."""
         self.recording.finish()  # what is recorded up to a checkpoint stands before it
         self.timer.lap("other")
-        started = time.perf_counter()
-        self.stop.wants_save = False  # a request from here on asks for another one
-        self.output.save_checkpoint(self.state(), value)
-        seconds = time.perf_counter() - started
-        self._saved_at = time.monotonic()
+        self.saving.save(self.state(), value)
         self.heartbeat()
-        self.output.metrics({"time/save_seconds": seconds}, self.position.global_step)
-        self.display.saved(self.position.global_step, seconds)
         self.timer.start()
 
     def state(self) -> TrainingState:
@@ -189,7 +175,3 @@ class Trainer:
         self.update.load_state_dict(state.update)
         self.recording.load_state(state.recording)
         self.position, self.best = state.position, state.best
-
-    def _is_due(self, every: int | None) -> bool:
-        """Return True every so many optimizer steps of the whole training, wherever it was resumed."""
-        return every is not None and self.position.global_step % every == 0

@@ -7,8 +7,7 @@ SECRET = "(?:password|passwd|token|secret|api_?key|access_?key)"
 
 
 def without_credentials(text: str) -> str:
-    """Return a text without user and password of URIs, the values of settings that are called a password, token,
-    secret or key, and the values of environment variables called so."""
+    """Return a text without users and passwords of URIs, and values of settings and variables called as in SECRET."""
     # a password may hold what ends a host name, as database drivers read it: then it goes up to the last @
     text = re.sub(r"(?<=//)(?:[^/?#\s]*|[^/?#@:\s]*:(?!\d+[/?#])[^\s'\"]*)@", "", text)
     text = re.sub(rf"(?i)\b(\w*{SECRET}\w*)=('[^']*'|\"[^\"]*\"|[^&\s]+)", r"\1=***", text)

@@ -7,20 +7,19 @@ import sys
 logger = logging.getLogger("convoy")
 
 
-def start_rank_logging(rank: int) -> logging.Logger:
+def start_rank_logging(rank: int) -> None:
     """Log INFO as plain lines on rank 0, and warnings with their rank on the others, to standard output."""
     form = "%(message)s" if rank == 0 else f"[rank {rank} on {socket.gethostname()}] %(levelname)s %(message)s"
-    return _start(logging.StreamHandler(sys.stdout), form, logging.INFO if rank == 0 else logging.WARNING)
+    _start(logging.StreamHandler(sys.stdout), form, logging.INFO if rank == 0 else logging.WARNING)
 
 
-def start_command_logging() -> logging.Logger:
+def start_command_logging() -> None:
     """Log INFO with the time, to standard error."""
-    return _start(logging.StreamHandler(sys.stderr), "%(asctime)s %(message)s", logging.INFO)
+    _start(logging.StreamHandler(sys.stderr), "%(asctime)s %(message)s", logging.INFO)
 
 
-def _start(handler: logging.Handler, form: str, level: int) -> logging.Logger:
+def _start(handler: logging.Handler, form: str, level: int) -> None:
     handler.setFormatter(logging.Formatter(form))
     logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
-    return logger

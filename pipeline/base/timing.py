@@ -109,9 +109,8 @@ class StartupTimer:
 
     def __init__(self) -> None:
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
-        self._began = self._last = time.perf_counter() - age
+        self._last = time.perf_counter() - age
         self._seconds: dict[str, float] = {}
-        self._done = False
         self.lap("imports")  # and the interpreter before them
 
     def lap(self, phase: str) -> None:
@@ -121,13 +120,12 @@ class StartupTimer:
 
     def after_step(self, record: Callable[[Mapping[str, float], int], None], step: int) -> bool:
         """Record `startup/<phase>_seconds` and their sum behind the first step, and return True; later do nothing."""
-        if self._done:
+        if "first_step" in self._seconds:
             return False
-        self._done = True
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
         self.lap("first_step")
-        total = self._last - self._began
+        total = sum(self._seconds.values())
         seconds = {f"startup/{phase}_seconds": value for phase, value in self._seconds.items()}
         record(seconds | {"startup/total_seconds": total}, step)
         parts = ", ".join(f"{phase.replace('_', ' ')} {value:.1f}" for phase, value in self._seconds.items())

@@ -1,20 +1,20 @@
-"""`monitor RUN_DIR`: the process that a training starts on each node to record its system metrics."""
+"""Record CPU, memory, disk, network and GPUs of this node in a run folder (what a training starts by itself)."""
 
 import argparse
 import os
 import select
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 from pipeline.base.logs import start_command_logging
 from pipeline.base.signals import ignore_stop_signals
-from pipeline.run.node_metrics import SystemMonitor, follow, host_name
+from pipeline.run.node_metrics import SystemMonitor, host_name
 
-HELP = "record CPU, memory, disk, network and GPUs of this node in a run folder (what a training starts by itself)"
 CHECK_EVERY = 1.0
 """Seconds after which the death of the parent is noticed."""
+SHORTEST = 1.0
+"""Shortest interval of the last sample, in seconds: rates over less are noise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +28,19 @@ def run(arguments: argparse.Namespace) -> int:
     os.nice(10)
     start_command_logging()
     monitor = SystemMonitor(arguments.run_dir.absolute(), host_name())
-    follow(monitor, arguments.every, partial(wait_for_end, arguments.follow))
+    follow(monitor, arguments.follow, arguments.every)
     return 0
+
+
+def follow(monitor: SystemMonitor, parent: int, every: float) -> None:
+    """Sample every `every` seconds until the end, and once more then: a short run is to have a sample, too."""
+    sampled = time.monotonic()
+    while not wait_for_end(parent, every):
+        monitor.sample()
+        sampled = time.monotonic()
+    if time.monotonic() - sampled >= SHORTEST:
+        monitor.sample()
+    monitor.close()
 
 
 def wait_for_end(parent: int, seconds: float) -> bool:

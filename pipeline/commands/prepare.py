@@ -1,10 +1,8 @@
-"""`prepare DATASET ...`: have datasets in place and verified before a training needs them."""
+"""Download datasets and verify them, e.g. on a login node for compute nodes without a network."""
 
 import argparse
 import sys
 from pathlib import Path
-
-HELP = "download datasets and verify them, e.g. on a login node for compute nodes without a network"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`publish RUN_DIR`: the process that a training starts beside itself; `sync` is its form for people."""
+"""Publish one run's journal to MLflow (what a training starts by itself; `sync` is its form for people)."""
 
 import argparse
 import os
@@ -11,8 +11,6 @@ from pipeline.base.files import locked
 from pipeline.base.logs import start_command_logging
 from pipeline.base.signals import ignore_stop_signals
 from pipeline.run.folder import RunFolder, is_being_trained
-
-HELP = "publish one run's journal to MLflow (what a training starts by itself)"
 
 AFTER_DEATH = 30.0
 """Seconds that a publisher goes on after the death of its training."""

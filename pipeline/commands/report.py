@@ -1,4 +1,4 @@
-"""`report RUN_DIR ...`: one page that compares runs, made from their folders alone."""
+"""Write one HTML page that compares runs, from their folders alone."""
 
 import argparse
 import sys
@@ -9,8 +9,6 @@ from pipeline.base.files import write_atomically
 from pipeline.report.comparison import find_stores, read_runs
 from pipeline.run.folder import RunError
 from pipeline.run.sweep import find_runs
-
-HELP = "write one HTML page that compares runs, from their folders alone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`sweep FILE`: what there is of a sweep and what is missing, and the jobs that train that."""
+"""Show which runs of a sweep are finished, and train the others as a Slurm job array."""
 
 import argparse
 import os
@@ -20,7 +20,6 @@ from pipeline.run.sweep import (
     read_sweep,
 )
 
-HELP = "show which runs of a sweep are finished, and train the others as a Slurm job array"
 ROOT = Path(__file__).resolve().parents[2]
 
 

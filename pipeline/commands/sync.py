@@ -1,4 +1,4 @@
-"""`sync [RUN_DIR ...]`: publish what the publisher of a run could not."""
+"""Publish to MLflow what is in the journals of runs and not there yet; safe to repeat; tries each for 30 s."""
 
 import argparse
 import os
@@ -16,7 +16,6 @@ from pipeline.run.published import Progress
 from pipeline.run.records import RunRecord
 from pipeline.run.sweep import find_all_runs, find_runs, queued_numbers, read_sweep_folder
 
-HELP = "publish to MLflow what is in the journals of runs and not there yet; safe to repeat; tries each for 30 s"
 COLUMNS = ("points", "params", "tags", "files", "models")
 
 

@@ -147,7 +147,8 @@ def read_text(value: Any, annotation: Any) -> Any:
     """
     if not isinstance(value, str | None):
         return value
-    kinds = {member.get("type") for member in _members(_understand(annotation)[1])}
+    _, schema = _understand(annotation)
+    kinds = {member.get("type") for member in schema.get("anyOf", [schema])}
     if value in NULLS and kinds & {"null", "object"}:
         return None if "null" in kinds else {}
     loaded = _load(value, yaml.BaseLoader) if kinds & {"array", "object"} else None
@@ -207,15 +208,9 @@ def describe_accepted(annotation: Any) -> str:
 
 
 def _describe(schema: JsonSchemaValue) -> str:
-    members = _members(schema)
+    members = schema.get("anyOf", [schema])
     kinds = [_describe_member(member) for member in members if member.get("type") != "null"]
     return " or ".join(kinds) + (", or null" if len(kinds) < len(members) else "")
-
-
-def _members(schema: JsonSchemaValue) -> list[JsonSchemaValue]:
-    """Return the schemas of the members of a union, or the schema alone."""
-    members: list[JsonSchemaValue] = schema.get("anyOf", [schema])
-    return members
 
 
 def _describe_member(schema: JsonSchemaValue) -> str:

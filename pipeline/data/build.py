@@ -16,13 +16,12 @@ from pipeline.config.arguments import convert_arguments
 from pipeline.config.schema import Config, DataConfig
 from pipeline.data.augment import Augment
 from pipeline.data.catalog import source
-from pipeline.data.inputs import Loader, Prepare
+from pipeline.data.inputs import Prepare
+from pipeline.data.loaders import Gather, Loader, ResidentLoader, StreamedLoader
 from pipeline.data.order import Blocks, Order
 from pipeline.data.packed import share_on_node
-from pipeline.data.resident import Gather, ResidentLoader
 from pipeline.data.samples import Content, DataError, Dataset, PixelSamples, Samples, fingerprint
-from pipeline.data.streamed import StreamedLoader
-from pipeline.models.normalize import Normalize
+from pipeline.models.networks import Normalize
 from pipeline.parallel.rank import Rank
 
 MIN_BLOCKS = 8
@@ -53,12 +52,7 @@ def load_dataset(config: DataConfig, dataset: Dataset, rank: Rank) -> Dataset:
     Raises DataError on the rank that finds it absent or damaged, RemoteError on the others.
     """
 
-    def load() -> Dataset:
-        if dataset.files and dataset.files.missing():
-            dataset.files.prepare(download=config.download)
-        return _load(dataset)
-
-    loaded = share_on_node(rank, load)
+    loaded = share_on_node(rank, lambda: _load(dataset, config.download))
     with suppress(OSError, AttributeError):  # not glibc, whose malloc may keep what loading took besides the dataset
         ctypes.CDLL(None).malloc_trim(0)
     return loaded
@@ -122,8 +116,10 @@ def _build_loader(
     return StreamedLoader(gather, order, Prepare(nn.Identity(), augment, normalize), workers, timer)
 
 
-def _load(dataset: Dataset) -> Dataset:
+def _load(dataset: Dataset, download: bool) -> Dataset:
     """Return the dataset with its pixels in memory, of its `image_size`, and its digest."""
+    if dataset.files and dataset.files.missing():
+        dataset.files.prepare(download=download)
     splits: dict[str, Any] = {}
     parts = [str(dataset.image_size)]
     for name, samples in dataset.splits.items():

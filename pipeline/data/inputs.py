@@ -1,17 +1,13 @@
 """From what a loader yields to what a step computes on: pixels gathered, augmented and normalised on the device."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.data.augment import Augment
-from pipeline.data.order import Batch, Order
-from pipeline.models.normalize import Normalize
-
-__all__ = ["Batch", "Inputs", "Loader", "Prepare"]
+from pipeline.models.networks import Normalize
 
 
 @dataclass(frozen=True)
@@ -50,11 +46,3 @@ class Prepare(nn.Module):
         if count is not None:
             weights = weights * (torch.arange(len(images), device=self.device) < count)
         return Inputs(images, labels.unsqueeze(0), weights)
-
-
-class Loader(Protocol):
-    order: Order
-    prepare: Prepare
-
-    def batches(self, epoch: int, samples_seen: int = 0) -> Iterator[Batch]:
-        """Yield this rank's batches of `epoch` behind its first `samples_seen` samples (over all ranks)."""

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.inputs import Loader
-from pipeline.learning.losses import Loss
+from pipeline.base.timing import build_timer
+from pipeline.config import Config
+from pipeline.data.build import build_eval_loader
+from pipeline.data.loaders import Loader
+from pipeline.data.samples import Dataset, Samples
+from pipeline.learning.losses import LOSSES, Loss
 from pipeline.learning.metrics import Evaluation, EvaluationMeter
 from pipeline.learning.update import Precision
 from pipeline.parallel.rank import Rank
@@ -21,10 +25,6 @@ class Predictions:
     predicted: Tensor
     confidence: Tensor
     """The share that softmax gives to the predicted class."""
-
-
-class Interrupted(Exception):
-    """A request to stop interrupted an evaluation."""
 
 
 @dataclass
@@ -41,10 +41,10 @@ class Evaluator:
     """Labels, predictions and confidences of each block of this rank in the last evaluation."""
 
     @torch.inference_mode()
-    def evaluate(self, is_interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
+    def evaluate(self, is_interrupted: Callable[[], bool] = lambda: False) -> Evaluation | None:
         """Collective. Return the evaluation over all ranks, which takes one reduction.
 
-        `is_interrupted` is asked after each batch and gives the same answer on every rank; raises Interrupted if true.
+        `is_interrupted` is asked after each batch and gives the same answer on every rank; None if it said yes.
         """
         meter = EvaluationMeter(self.num_classes, self.rank.device)
         self.model.eval()
@@ -61,7 +61,7 @@ class Evaluator:
                 meter.add(loss, inputs.classes[0], predicted)
                 self._own.append((inputs.classes[0], predicted, confidence))
             if is_interrupted():
-                raise Interrupted
+                return None
         return meter.reduce(self.rank, self.loader.order.total_size)
 
     def first_predictions(self, count: int) -> Predictions:
@@ -77,3 +77,19 @@ class Evaluator:
         order, *columns = (torch.cat([torch.from_numpy(part[i]) for part in parts]) for i in range(4))
         back = order.argsort()
         return Predictions(*(column[back] for column in columns))
+
+
+def build_evaluator(
+    config: Config,
+    rank: Rank,
+    dataset: Dataset,
+    model: nn.Module,
+    precision: Precision,
+    placement: str,
+    samples: Samples,
+) -> Evaluator:
+    """Return what evaluates `model` on `samples`, a split of the dataset."""
+    timer = build_timer(rank.device)  # an evaluation belongs to no step
+    dtype = precision.weights_dtype
+    loader = build_eval_loader(config.data, dataset, samples, rank, placement=placement, dtype=dtype, timer=timer)
+    return Evaluator(model, loader, LOSSES[config.loss], precision, rank, len(dataset.classes))

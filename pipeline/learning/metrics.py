@@ -1,6 +1,5 @@
 """Metrics of all ranks: sums and counts, reduced when they are read, and who keeps whom waiting. No mean of means."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,27 +84,24 @@ class Straggler:
         return {"time/slowest_rank": float(self.rank), "time/imbalance": self.imbalance}
 
 
-def mean_times(rows: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Return `time/<phase>_ms` -> milliseconds per optimizer step, mean over the ranks; `rows` are by rank and PHASES.
+def mean_times(times: Tensor) -> dict[str, float]:
+    """Return `time/<phase>_ms` -> milliseconds per optimizer step, mean over the ranks; `times` [ranks, PHASES].
 
     Phases that did not occur are left out.
     """
-    return {f"time/{phase}_ms": mean for phase, mean in zip(PHASES, _means(rows), strict=True) if mean > 0}
+    return {f"time/{phase}_ms": mean for phase, mean in zip(PHASES, times.mean(0).tolist(), strict=True) if mean > 0}
 
 
-def find_straggler(rows: Sequence[Sequence[float]]) -> Straggler | None:
+def find_straggler(times: Tensor) -> Straggler | None:
     """Return the rank that spends most time before it meets the others: in `communication` they wait for it.
 
     None if it is alone, or if that cannot be told: in a step replayed as one, waiting is not seen apart.
     """
-    if len(rows) < 2 or any(row[PHASES.index("graph")] > 0 for row in rows):
+    if len(times) < 2 or times[:, PHASES.index("graph")].any():
         return None
-    own = [i for i, phase in enumerate(PHASES) if phase != "communication"]
-    totals, means = [sum(row[i] for i in own) for row in rows], _means(rows)
-    slowest, mean = totals.index(max(totals)), sum(totals) / len(totals)
-    phase = max(own, key=lambda i: rows[slowest][i] - means[i])
-    return Straggler(slowest, totals[slowest] / mean - 1 if mean > 0 else 0.0, PHASES[phase])
-
-
-def _means(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    own = times.clone()
+    own[:, PHASES.index("communication")] = 0
+    totals = own.sum(1)
+    slowest, mean = int(totals.argmax()), float(totals.mean())
+    phase = PHASES[int((own[slowest] - own.mean(0)).argmax())]
+    return Straggler(slowest, float(totals[slowest]) / mean - 1 if mean > 0 else 0.0, phase)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.learning.optim import Schedule
+from pipeline.config.schema import Config
+from pipeline.data.samples import Dataset
+from pipeline.learning.optim import Schedule, build_optimizer, build_schedule
 
 
 class Precision:
@@ -116,6 +118,14 @@ class Update:
             self._precision.scaler.load_state_dict(state["scaler"])
         # the current run of skipped steps starts anew: what ended a training may have been mended
         self.skipped.copy_(torch.tensor([state["skipped"], 0.0, 0.0]))
+
+
+def build_update(config: Config, dataset: Dataset, model: nn.Module, precision: Precision, *, capture: bool) -> Update:
+    """Return the update of the model's weights. With `capture` it can be captured in a CUDA graph."""
+    parameters = list(model.parameters())
+    capture_on = parameters[0].device if capture else None
+    optimizer = build_optimizer(config.optim, [{"params": parameters}], capture_on=capture_on)
+    return Update(optimizer, build_schedule(config, dataset), precision, config.train.clip_norm)
 
 
 def _step_if(is_finite: Tensor, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:

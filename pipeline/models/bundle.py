@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.base.files import write_atomically
 from pipeline.models.catalog import MODELS, ModelSpec, builder
-from pipeline.models.normalize import Normalize
+from pipeline.models.networks import Normalize
 
 FORMAT = 1
 CONTENT = "model.json"

@@ -8,7 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.base.seeding import stream_seed
 from pipeline.config.arguments import convert_arguments, resolve
+from pipeline.config.schema import Config
 from pipeline.models import networks
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
@@ -53,6 +55,17 @@ class ModelSpec:
         build = builder(self.name)
         sizes = {"channels": self.channels, "image_size": self.image_size, "num_classes": self.num_classes}
         return build(**sizes, **convert_arguments(build, self.arguments, sizes))
+
+
+def build_model(config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return the model to be trained, with the same initial weights on every rank, by the seed."""
+    torch.manual_seed(stream_seed(config.run.seed, "weights"))
+    model = spec.build().to(device, dtype)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        model.compile()
+    return model
 
 
 def output_of(name: str) -> Literal["log_probabilities", "logits"] | None:

@@ -1,4 +1,4 @@
-"""Memory that the CPU ranks of one node share, with a socket at which they meet; and gradients summed there."""
+"""Memory that the CPU ranks of one node share, with a socket at which they meet."""
 
 import os
 import shutil
@@ -8,82 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.base.timing import PhaseTimer
-from pipeline.parallel.rank import Rank, share
-from pipeline.parallel.replicas import Replicas
+from pipeline.parallel.rank import Rank
 
 SHARED_MEMORY = Path("/dev/shm")
 ALIGNMENT = 64
 """In bytes: what belongs to a rank begins in a cache line of its own."""
-
-
-class NodeSum(Replicas):
-    """Sums the gradients of the CPU ranks of one node, each of which reads what the others wrote.
-
-    A fraction of what gloo takes over the loopback, which copies through the kernel and has threads of its own that
-    compete with the computing for the cores. Every rank writes its gradients into a slot, sums one stripe of all slots
-    in the order of the ranks, and reads the stripes of the others; between these they meet at a socket. Buffers (batch
-    statistics) become those of rank 0, as under DistributedDataParallel.
-    """
-
-    def __init__(self, rank: Rank, model: nn.Module, timer: PhaseTimer, node: "NodeMemory"):
-        """`node` is as large as `open_node_sum` has it. `timer` gets a lap for `backward` where the exchange begins."""
-        super().__init__(model, "shared memory")
-        self._rank = rank
-        self._timer = timer
-        self.node = node
-        self._parameters = trained_parameters(model)
-        self._buffers = list(model.buffers())
-        num_slots, slot_bytes = rank.world_size + 1, num_bytes(self._parameters)
-        slots = [node.memory[slot_bytes * i : slot_bytes * (i + 1)] for i in range(num_slots)]
-        self._mine = lay_out(self._parameters, slots[rank.rank])
-        self._sums = lay_out(self._parameters, slots[-1])
-        self._sent_buffers = lay_out(self._buffers, node.memory[slot_bytes * num_slots :])
-        flat = [slot.view(self._parameters[0].dtype) for slot in slots]
-        stripe = share(len(flat[0]), rank.rank, rank.world_size)
-        *self._stripes, self._sum_stripe = [slot[stripe] for slot in flat]
-
-    @torch.no_grad()
-    def reduce(self) -> None:
-        """Collective. Sum `grad` of every parameter over the ranks. Raises RuntimeError if a rank is gone."""
-        self._timer.lap("backward")
-        gradients = self._gradients()
-        torch._foreach_copy_(self._mine, gradients)
-        if self._rank.is_main and self._buffers:
-            torch._foreach_copy_(self._sent_buffers, self._buffers)
-        self.node.meet()
-        first, *others = self._stripes
-        self._sum_stripe.copy_(first)
-        for stripe in others:
-            self._sum_stripe.add_(stripe)
-        if not self._rank.is_main and self._buffers:
-            torch._foreach_copy_(self._buffers, self._sent_buffers)
-        self.node.meet()
-        torch._foreach_copy_(gradients, self._sums)
-
-    def _gradients(self) -> list[Tensor]:
-        gradients = []
-        for parameter in self._parameters:
-            if parameter.grad is None:  # not used in this step
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        return gradients
-
-
-def open_node_sum(rank: Rank, model: nn.Module, timer: PhaseTimer, timeout: float) -> NodeSum | None:
-    """Collective. Return None where it cannot be used: see `open_node_memory`; or for parameters of several types."""
-    parameters = trained_parameters(model)
-    if len({parameter.dtype for parameter in parameters}) != 1:
-        return None
-    size = (rank.world_size + 1) * num_bytes(parameters) + num_bytes(model.buffers())
-    node = open_node_memory(rank, size, timeout)
-    return None if node is None else NodeSum(rank, model, timer, node)
-
-
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
@@ -116,10 +47,11 @@ class NodeMemory:
 
         Raises RuntimeError if a rank is gone, and closes the connections, so that all others learn of it at once.
         """
-        try:  # rank 0 hears all others, then tells them
-            for exchange in (_tell, _hear) if 0 in self._peers else (_hear, _tell):
+        is_main = 0 not in self._peers
+        try:
+            for hears in (is_main, not is_main):  # rank 0 hears all others, then tells them
                 for other, peer in self._peers.items():
-                    exchange(other, peer)
+                    _exchange(other, peer, hears=hears)
         except RuntimeError:
             self.close()
             raise
@@ -129,23 +61,17 @@ class NodeMemory:
             peer.close()
 
 
-def _tell(other: int, peer: socket.socket) -> None:
+def _exchange(other: int, peer: socket.socket, *, hears: bool) -> None:
     try:
-        peer.sendall(b".")
-    except OSError as error:
-        raise RuntimeError(f"exchange of gradients with rank {other}: connection closed by peer") from error
-
-
-def _hear(other: int, peer: socket.socket) -> None:
-    try:
-        heard = peer.recv(1)
+        if not hears:
+            peer.sendall(b".")
+        elif not peer.recv(1):
+            raise ConnectionError
     except TimeoutError as error:
         seconds = peer.gettimeout()
         raise RuntimeError(f"exchange of gradients: timed out after {seconds:g} s waiting for rank {other}") from error
-    except OSError:
-        heard = b""
-    if not heard:
-        raise RuntimeError(f"exchange of gradients with rank {other}: connection closed by peer")
+    except OSError as error:
+        raise RuntimeError(f"exchange of gradients with rank {other}: connection closed by peer") from error
 
 
 def open_node_memory(rank: Rank, size: int, timeout: float) -> NodeMemory | None:

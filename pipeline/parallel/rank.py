@@ -11,6 +11,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 T = TypeVar("T")
 LONG_TIMEOUT = timedelta(hours=12)
@@ -41,13 +43,13 @@ class Rank:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
         """Collective. Sum `tensor` over the ranks in place, and return it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def reduce_sum_later(self, tensor: torch.Tensor) -> "PendingSum":
+    def reduce_sum_later(self, tensor: Tensor) -> "PendingSum":
         """Collective. Begin to sum `tensor` over the ranks, without waiting for the device or the other ranks."""
         work = dist.all_reduce(tensor, async_op=True) if self.world_size > 1 else None
         return PendingSum(tensor, work, waits_on_device=self.backend in ("nccl", "none"))
@@ -95,7 +97,7 @@ class Rank:
             raise RemoteError(failure)
         return cast(T, result)
 
-    def broadcast_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
         """Collective. Overwrite `tensors` in place by those of rank 0, one after the other.
 
         One at a time, and as raw bytes: a pickle of all would lie in the memory of every GPU.
@@ -110,31 +112,17 @@ class Rank:
         """Collective. Return rank 0's `state`, nested dicts and lists of tensors and plain values, with its tensors on
         the CPU. `state` of the other ranks is ignored."""
         # of the same strides, which fused optimizers rely on
-        skeleton = self.run_on_main(lambda: _map_tensors(partial(torch.empty_like, device="meta"), state))
+        skeleton = self.run_on_main(lambda: tree_map_only(Tensor, partial(torch.empty_like, device="meta"), state))
         if not self.is_main:
-            state = _map_tensors(partial(torch.empty_like, device="cpu"), skeleton)
-        tensors: list[torch.Tensor] = []
-        _map_tensors(tensors.append, state)
-        self.broadcast_tensors(tensors)
+            state = tree_map_only(Tensor, partial(torch.empty_like, device="cpu"), skeleton)
+        self.broadcast_tensors(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
         return cast(T, state)
-
-
-def _map_tensors(function: Callable[[torch.Tensor], object], state: Any) -> Any:
-    """Return `state` with each of its tensors replaced by `function(tensor)`, in their order."""
-    match state:
-        case torch.Tensor():
-            return function(state)
-        case dict():
-            return {key: _map_tensors(function, value) for key, value in state.items()}
-        case list():
-            return [_map_tensors(function, value) for value in state]
-    return state
 
 
 class PendingSum:
     """A sum over the ranks on its way to the host."""
 
-    def __init__(self, tensor: torch.Tensor, work: Any, *, waits_on_device: bool):
+    def __init__(self, tensor: Tensor, work: Any, *, waits_on_device: bool):
         self._tensor = tensor
         self._wait: Callable[[], object] = work.wait if work is not None else lambda: None
         if tensor.is_cuda and waits_on_device:  # the device waits for the others, then copies, and the host goes on

@@ -14,6 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from scipy.spatial.distance import cdist
 
 from pipeline.figures import drawing
 from pipeline.figures.drawing import FAINT, GREY, INK, Array, by_epoch, scale_loss, smooth
@@ -101,18 +102,13 @@ def _number_lines(ax: Axes, lines: Mapping[int, drawing.Curve]) -> None:
     numbers = np.empty((0, 2))
     for i, path in paths.items():
         others = np.concatenate([other for j, other in paths.items() if j != i] or [numbers])
-        room = np.minimum(_distance(path, others), 12) + np.minimum(_distance(path, numbers), 40)  # pixels
+        # pixels to the nearest of them, as far as they matter
+        room = cdist(path, others).min(axis=1, initial=12) + cdist(path, numbers).min(axis=1, initial=40)
         best = path[room.argmax()]
         numbers = np.vstack([numbers, best])
         circle = {"boxstyle": "circle,pad=0.22", "facecolor": "white", "edgecolor": colour_of(i), "linewidth": 1.4}
         x, y = ax.transData.inverted().transform(best)
         ax.text(x, y, str(i + 1), ha="center", va="center", size=7, weight="bold", color=INK, bbox=circle)
-
-
-def _distance(points: Array, others: Array) -> Array:
-    """Return how far each of the points [N, 2] is from the nearest of the others, float64 [N]."""
-    nearest: Array = np.linalg.norm(points[:, None] - others, axis=2).min(axis=1, initial=np.inf)
-    return nearest
 
 
 def _as_svg(figure: Figure) -> str:

@@ -23,8 +23,6 @@ from pipeline.run.records import DatasetRecord, EvaluationRecord, Record
 Curve = Sequence[tuple[int, float]]
 """(optimizer step, value) by step."""
 
-Z95 = 1.959964
-"""Standard deviations of a normal distribution that hold 95% of it."""
 LOCAL_SERVER = "http://127.0.0.1:5000"
 """Where a bare `mlflow server` answers."""
 TRAINING = "workflowType=machine_learning"
@@ -43,10 +41,10 @@ class Accuracy(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """The 95% interval of the share (Wilson, J. Am. Stat. Assoc. 22, 1927); p +- 2 SE fails near 100%."""
-        n, p = self.total, self.correct / self.total
-        centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-        margin = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
-        return max(0.0, centre - margin), min(1.0, centre + margin)
+        from scipy.stats import binomtest  # takes a second to import, which the other commands need not wait for
+
+        low, high = binomtest(self.correct, self.total).proportion_ci(method="wilson")
+        return float(low), float(high)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.base.phases import PHASES
 from pipeline.figures.of_run import draw_evaluation
@@ -18,7 +17,6 @@ from pipeline.report.comparison import Run, Store, differing_params
 from pipeline.report.remarks import are_comparable, find_remarks
 from pipeline.run.folder import RunFolder
 
-HERE = Path(__file__).parent
 COLOURS = ("#56b4e9", "#9fd3f5", "#f0e442", "#3bb795", "#e8702a", "#e69f00", "#d68fb6", "#b4bac2")
 PHASE_COLOURS = dict(zip(PHASES, COLOURS, strict=True))
 NOTHING = "\N{EM DASH}"
@@ -35,9 +33,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def render(runs: Sequence[Run], stores: Sequence[Store], *, at: datetime) -> str:
     """Return the page. All that comes from the run folders is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = PackageLoader(__package__, "")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     formats = (format_percent, format_place, format_number, format_duration, format_time, format_epochs)
     environment.filters |= {function.__name__.removeprefix("format_"): function for function in formats}
     return environment.get_template("report.html.j2").render(
@@ -55,7 +52,6 @@ def render(runs: Sequence[Run], stores: Sequence[Store], *, at: datetime) -> str
         stores=stores,
         at=at.strftime("%Y-%m-%d %H:%M"),
         folders=[os.path.relpath(run.folder.path) for run in runs],
-        style=Markup((HERE / "report.css").read_text()),
         nothing=NOTHING,
     )
 
@@ -120,12 +116,11 @@ def _phases(runs: Sequence[Run]) -> dict[str, str]:
 
 def _interval_axis(runs: Sequence[Run]) -> tuple[float, float] | None:
     """Return the ends of the common axis of the accuracies' confidence intervals."""
-    intervals = [run.accuracy.interval for run in runs if run.accuracy and run.accuracy.total]
-    if not intervals:
+    ends = [end for run in runs if run.accuracy and run.accuracy.total for end in run.accuracy.interval]
+    if not ends:
         return None
-    low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
-    margin = 0.04 * (high - low)
-    return low - margin, high + margin
+    margin = 0.04 * (max(ends) - min(ends))
+    return min(ends) - margin, max(ends) + margin
 
 
 def format_percent(share: float | None) -> str:

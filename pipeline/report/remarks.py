@@ -77,10 +77,9 @@ def _significance(runs: Sequence[Run]) -> Iterator[Remark]:
     if difference == 0:
         yield Remark("note", f"{names} have the same number of correct predictions at their ends.")
     elif errors < 2:
-        images = (
-            f"{difference} of {best.total:,} images at their ends, {errors:.1f} standard errors of such a difference"
-        )
-        yield Remark("note", f"{names} differ by {images}: too little to say which is better. More seeds would.")
+        chance = f"{errors:.1f} standard errors of such a difference: too little to say which is better"
+        images = f"{difference} of {best.total:,} images at their ends"
+        yield Remark("note", f"{names} differ by {images}, {chance}. More seeds would.")
 
 
 def _code(runs: Sequence[Run]) -> Iterator[Remark]:

@@ -1,6 +1,5 @@
 """A run is a folder: its name, who may write in it, and what it says about the state of the run."""
 
-import errno
 import fcntl
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.files import locked, read_json, write_atomically
+from pipeline.base.launch import Launch
 from pipeline.config import Config
 
 
@@ -52,9 +52,7 @@ def slurm_run_name(environment: Mapping[str, str]) -> str | None:
     return f"slurm-{job}" if job else None
 
 
-def choose_run(
-    config: Config, config_name: str, environment: Mapping[str, str], launch_id: str | None, *, is_restart: bool = False
-) -> RunFolder:
+def choose_run(config: Config, config_name: str, environment: Mapping[str, str], launch: Launch) -> RunFolder:
     """Return the folder of this run: the one named, Slurm's, that of the same launch before a restart, or a new one.
 
     A default name belongs to one launch only: repeating the command without a name is a new run.
@@ -65,7 +63,7 @@ def choose_run(
         return RunFolder(runs / name)
     if config.run.resume == "must":
         raise RunError("run.resume = must: which run? Set run.name to the one to continue")
-    if launch_id is not None and (earlier := _run_of_launch(runs, launch_id, finished_too=is_restart)):
+    if launch.run_id is not None and (earlier := _run_of_launch(runs, launch)):
         return earlier
     stem = f"{config_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
@@ -76,12 +74,12 @@ def choose_run(
     raise RunError(f"{runs} has a thousand runs of this second; set run.name")
 
 
-def _run_of_launch(runs: Path, launch_id: str, *, finished_too: bool) -> RunFolder | None:
+def _run_of_launch(runs: Path, launch: Launch) -> RunFolder | None:
     """Return the run of a launch; a finished one only for a restart, since an id given by hand can be given again."""
     for status in runs.glob("*/status.json"):
         folder = RunFolder(status.parent)
         known = folder.status()
-        if known.get("launch_id") == launch_id and (finished_too or known.get("state") != "finished"):
+        if known.get("launch_id") == launch.run_id and (launch.is_restart or known.get("state") != "finished"):
             return folder
     return None
 
@@ -97,17 +95,17 @@ def training_lock(folder: RunFolder, *, patience: float = 0.0) -> Iterator[None]
     with folder.lock.open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise RunError(
-                    f"{folder.path} cannot be locked against a second training ({error.strerror}): put run.dir on a "
-                    "filesystem that has POSIX locks"
-                ) from error
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise RunError(
                 f"run {folder.name} is being trained right now by {file.read().strip() or 'another process'}: wait "
                 "for it, stop it, or choose another run.name"
             ) from None
+        except OSError as error:
+            raise RunError(
+                f"{folder.path} cannot be locked against a second training ({error.strerror}): put run.dir on a "
+                "filesystem that has POSIX locks"
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -18,8 +18,6 @@ from pipeline.base.logs import logger
 from pipeline.run.journal import Journal, clean_name
 
 MIB = 2**20
-SHORTEST = 1.0
-"""Shortest interval of the last sample, in seconds: rates over less are noise."""
 
 Values = dict[str, float]
 Reading = Callable[[], Values]
@@ -89,20 +87,6 @@ class SystemMonitor:
         if what not in self._logged:
             self._logged.add(what)
             logger.warning("%s: %s: %s", what, type(error).__name__, error)
-
-
-def follow(monitor: SystemMonitor, every: float, wait_for_end: Callable[[float], bool]) -> None:
-    """Sample every `every` seconds until the end, and once more then: a short run is to have a sample, too.
-
-    `wait_for_end` waits for the given seconds at most, and returns whether the end has come.
-    """
-    sampled = time.monotonic()
-    while not wait_for_end(every):
-        monitor.sample()
-        sampled = time.monotonic()
-    if time.monotonic() - sampled >= SHORTEST:
-        monitor.sample()
-    monitor.close()
 
 
 def node_readings(run_folder: Path) -> dict[str, Reading]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.base.launch import Launch
 from pipeline.config import FIELDS, Config, may_change
 from pipeline.config.arguments import load_plain
 from pipeline.config.schema import FORMAT, field_of
@@ -23,9 +24,7 @@ def check_format(folder: RunFolder) -> None:
         )
 
 
-def check_resumable(
-    folder: RunFolder, config: Config, *, has_checkpoint: bool, launch_id: str | None = None, is_requeued: bool = False
-) -> None:
+def check_resumable(folder: RunFolder, config: Config, launch: Launch, *, has_checkpoint: bool) -> None:
     """Raise RunError if the folder's format, `run.resume` or the folder's own config forbids going on in it.
 
     What the same launch began before an elastic restart may always go on, and so may a job that Slurm starts again.
@@ -39,7 +38,7 @@ def check_resumable(
         )
     if not folder.journal.exists():
         return
-    if resume == "never" and not _is_same_launch(folder.status().get("launch_id"), launch_id, is_requeued):
+    if resume == "never" and not _is_same_launch(folder.status().get("launch_id"), launch):
         raise RunError(
             f"run.resume = never: {folder.path} holds a run already; choose another run.name, or set run.resume=auto "
             "to continue it"
@@ -51,11 +50,13 @@ def check_resumable(
         )
 
 
-def _is_same_launch(known: str | None, launch_id: str | None, is_requeued: bool) -> bool:
-    """Return whether two ids are of one launch, or of launches of one requeued job: <job>-<number>."""
-    if known is None or launch_id is None:
+def _is_same_launch(known: str | None, launch: Launch) -> bool:
+    """Return whether an id is that of a launch, or of one before it of the same requeued job: <job>-<number>."""
+    if known is None or launch.run_id is None:
         return False
-    return known == launch_id or (is_requeued and known.rpartition("-")[0] == launch_id.rpartition("-")[0])
+    if launch.is_requeued:
+        return known.rpartition("-")[0] == launch.run_id.rpartition("-")[0]
+    return known == launch.run_id
 
 
 def is_finished(status: Mapping[str, Any], config: Config) -> bool:
@@ -105,16 +106,13 @@ def _forbidden(differences: list[tuple[str, Any, Any]], config: Config) -> list[
 
 def _read_config(folder: RunFolder) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(folder.config.read_text())
-    except (ValueError, yaml.YAMLError) as error:
+        return dict(yaml.safe_load(folder.config.read_text()))
+    except (TypeError, ValueError, yaml.YAMLError) as error:  # TypeError: it holds no sections
         raise _damaged(folder, error) from error
-    if not isinstance(content, dict):
-        raise _damaged(folder, "it holds no sections")
-    return content
 
 
-def _damaged(folder: RunFolder, reason: object) -> RunError:
-    return RunError(f"{folder.config} is not a config of this version, mend it or choose another run.name: {reason}")
+def _damaged(folder: RunFolder, error: Exception) -> RunError:
+    return RunError(f"{folder.config} is not a config of this version, mend it or choose another run.name: {error}")
 
 
 def _known(name: str, section: Any) -> Any:

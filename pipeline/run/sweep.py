@@ -232,14 +232,10 @@ def queued_numbers(folder: Path) -> set[int]:
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
     """Return these run folders, and those in folders of sweeps."""
-    return [run for path in paths for run in (_runs_in(path) if read_sweep_folder(path) else [path])]
+    return [run for path in paths for run in (find_all_runs(path) if read_sweep_folder(path) else [path])]
 
 
 def find_all_runs(folder: Path) -> list[Path]:
     """Return the run folders in a folder of run folders and sweeps."""
-    sweeps = [path.parent for path in folder.glob(f"*/{FOLDER_FILE}")]
-    return sorted(_runs_in(folder) + find_runs(sweeps))
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/journal.jsonl"))
+    runs = [path.parent for path in folder.glob("*/journal.jsonl")]
+    return sorted(runs + find_runs(path.parent for path in folder.glob(f"*/{FOLDER_FILE}")))

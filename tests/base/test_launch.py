@@ -62,7 +62,7 @@ def test_a_world_of_another_size_than_was_granted_is_refused(world: str) -> None
 
 
 def test_tasks_of_srun_without_torchrun_are_refused() -> None:
-    with pytest.raises(ValueError, match="srun started 4 processes that do not know each other"):
+    with pytest.raises(ValueError, match="srun started 4 processes, not torchrun once on each node"):
         Launch.from_environment({"SLURM_STEP_NUM_TASKS": "4"})
     assert Launch.from_environment({"SLURM_STEP_NUM_TASKS": "1"}) == Launch()
     assert Launch.from_environment(TORCHRUN | {"SLURM_STEP_NUM_TASKS": "4"}).world_size == 8

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.base.logs import start_command_logging, start_rank_logging
+from pipeline.base.logs import logger, start_command_logging, start_rank_logging
 
 
 @pytest.fixture
 def _logging_as_before() -> Iterator[None]:
-    logger = logging.getLogger("convoy")
     before = logger.handlers, logger.level, logger.propagate
     yield
     logger.handlers, logger.level, logger.propagate = before
@@ -25,7 +24,7 @@ def test_rank_0_logs_information_and_the_others_only_warnings(capsys: pytest.Cap
     root = logging.getLogger()
     before = list(root.handlers), root.level
     for rank in (0, 3, 0):  # the second time replaces the handler of the first
-        logger = start_rank_logging(rank)
+        start_rank_logging(rank)
         logger.info("information")
         logger.warning("a warning")
         logger.debug("detail")
@@ -36,7 +35,8 @@ def test_rank_0_logs_information_and_the_others_only_warnings(capsys: pytest.Cap
 
 @pytest.mark.usefixtures("_logging_as_before")
 def test_a_command_logs_with_the_time_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    start_command_logging().info("information")
+    start_command_logging()
+    logger.info("information")
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} information\n", captured.err)

@@ -13,9 +13,8 @@ from pipeline.config.schema import Config, DataConfig, TrainConfig
 from pipeline.data import build
 from pipeline.data.augment import Augment
 from pipeline.data.build import build_eval_loader, build_train_loader, num_bytes
-from pipeline.data.resident import ResidentLoader
+from pipeline.data.loaders import ResidentLoader, StreamedLoader
 from pipeline.data.samples import DataError, Dataset, PixelSamples, Samples
-from pipeline.data.streamed import StreamedLoader
 from tests.data.helpers import ALONE, listed, loaded, pixels, tensors
 
 SMALL = {"train_size": 20, "validation_size": 10, "image_size": 6, "channels": 2}

@@ -13,8 +13,8 @@ import sklearn.datasets  # noqa: F401  before anything is refused
 
 import pipeline
 import train
-from pipeline.data import catalog, sources
-from pipeline.data.catalog import dataset_names, source
+from pipeline.data import sources
+from pipeline.data.catalog import known_sources, source
 from tests.data.helpers import listed, loaded, pixels, tensors
 
 ROOT = Path(pipeline.__path__[0]).parent
@@ -44,20 +44,18 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
 
 def test_a_module_with_sources_is_found_by_lying_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "planets.py").write_text("def planets(root, seed): ...\nSOURCES = {'planets': planets}\n")
-    before = dataset_names()
+    before = list(known_sources())
     monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path)])
-    catalog._sources.cache_clear()
     try:
-        assert dataset_names() == [*before, "planets"]
+        assert list(known_sources()) == [*before, "planets"]
         assert source("planets").__name__ == "planets"
     finally:
-        catalog._sources.cache_clear()
         sys.modules.pop("pipeline.data.sources.planets", None)
 
 
 def test_the_name_of_a_dataset_stands_in_its_own_file_alone() -> None:
     """But for the default of data.dataset."""
-    files: dict[str, set[str]] = {name: set() for name in dataset_names()}
+    files: dict[str, set[str]] = {name: set() for name in known_sources()}
     for folder in (*pipeline.__path__, *train.__path__):
         for path in Path(folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -73,7 +71,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_the_known_ones() -> Non
         source("minst")
 
 
-@pytest.mark.parametrize("name", dataset_names())
+@pytest.mark.parametrize("name", known_sources())
 def test_listing_reads_nothing_and_tells_sizes_classes_and_normalisation(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +136,7 @@ def test_what_is_no_source_is_refused(own_module: str, name: str, message: str) 
 
 def test_asking_for_the_names_imports_neither_torchvision_nor_scikit_learn() -> None:
     code = (
-        "import sys; from pipeline.data.catalog import dataset_names; dataset_names(); "
+        "import sys; from pipeline.data.catalog import known_sources; known_sources(); "
         "sys.exit(bool({'torchvision', 'sklearn'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from pipeline.base.timing import PhaseTimer
 from pipeline.data.augment import Augment
-from pipeline.data.inputs import Batch, Inputs, Loader, Prepare
-from pipeline.data.order import Order
-from pipeline.data.resident import Gather, ResidentLoader
-from pipeline.data.streamed import StreamedLoader
-from pipeline.models.normalize import Normalize
+from pipeline.data.inputs import Inputs, Prepare
+from pipeline.data.loaders import Gather, Loader, ResidentLoader, StreamedLoader
+from pipeline.data.order import Batch, Order
+from pipeline.models.networks import Normalize
 from tests.data.helpers import CPU
 
 IMAGES = torch.randint(0, 256, (23, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

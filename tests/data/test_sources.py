@@ -27,11 +27,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.catalog import dataset_names
+from pipeline.data.catalog import known_sources
 from pipeline.data.samples import DataError, Dataset
 from pipeline.data.sources import download, published
 from pipeline.data.sources.download import PublishedFiles
-from pipeline.data.sources.idx import NAMES, idx_source
+from pipeline.data.sources.published import NAMES, idx_source
 from tests.data.helpers import are_equal, listed, loaded, pixels
 
 IMAGES, LABELS = NAMES[:2]
@@ -420,7 +420,7 @@ class TestAbsent:
         assert ("Connection refused" in message) == allowed
         assert ("http://127.0.0.1" in message) == allowed
         assert ("data.download=false" in message) == (not allowed)
-        assert not any(f"data.dataset={other}" in message for other in dataset_names() if other != name)
+        assert not any(f"data.dataset={other}" in message for other in known_sources() if other != name)
         assert not (root / FOLDERS[name]).exists()
 
     def test_reading_what_was_not_prepared_is_refused_too(self, tiny: Tiny) -> None:

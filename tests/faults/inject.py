@@ -19,12 +19,10 @@ import torch
 from pipeline.data.inputs import Inputs
 from pipeline.learning.metrics import EvaluationMeter
 from pipeline.learning.update import Precision
-from pipeline.parallel.node_memory import NodeSum
-from pipeline.parallel.ordered import OrderedReplicas
+from pipeline.parallel.replicas import NodeSum, OrderedReplicas
 from pipeline.run.checkpoint import Checkpoints, load_checkpoint
 from train.recording import Recording
-from train.steps.eager import EagerStep
-from train.steps.ordered import OrderedStep
+from train.steps.eager import EagerStep, OrderedStep
 from train.steps.parts import StepParts
 from train.trainer import Trainer
 

@@ -115,7 +115,7 @@ def capturing_on_the_cpu() -> Iterator[None]:
     """Have the trainings that are built inside capture their steps, though they compute on the CPU."""
     replacements: dict[str, Callable[..., Any]] = {
         "train.build.choose_execution": choose_captured,
-        "train.build.new_stream": lambda device: object(),
+        "pipeline.parallel.replicas.new_stream": lambda device: object(),
         "pipeline.parallel.replicas.on_stream": nullcontext,
         "train.steps.captured.on_stream": nullcontext,
         "train.steps.captured.capture": capture,

@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.base.timing import PhaseTimer
 from pipeline.config import Config
 from pipeline.data.augment import Augment
-from pipeline.data.inputs import Batch, Prepare
-from pipeline.data.resident import Gather
+from pipeline.data.inputs import Prepare
+from pipeline.data.loaders import Gather
+from pipeline.data.order import Batch
 from pipeline.learning.losses import LOSSES
 from pipeline.learning.optim import Schedule, build_optimizer
 from pipeline.learning.update import Precision, Update
 from pipeline.models.catalog import ModelSpec
-from pipeline.models.normalize import Normalize
+from pipeline.models.networks import Normalize
 from pipeline.parallel.rank import Rank
 from pipeline.parallel.replicas import Replicas
 from train.steps.parts import StepParts

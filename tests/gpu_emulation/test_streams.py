@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from pipeline.base.timing import PhaseTimer
 from pipeline.data.inputs import Prepare
+from pipeline.data.loaders import Gather, StreamedLoader
 from pipeline.data.order import Order
-from pipeline.data.resident import Gather
-from pipeline.data.streamed import StreamedLoader
-from pipeline.models.normalize import Normalize
+from pipeline.models.networks import Normalize
 
 Call = tuple[str, str, object]
 """What a stream does, and with what."""

@@ -91,14 +91,18 @@ def row(**milliseconds: float) -> list[float]:
     return [milliseconds.get(phase, 0.0) for phase in PHASES]
 
 
+def times(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def test_means_are_over_the_ranks_and_leave_out_phases_that_did_not_occur() -> None:
-    rows = [row(data=1, forward=4), row(data=3, forward=2)]
-    assert mean_times(rows) == {"time/data_ms": 2, "time/forward_ms": 3}
+    rows = row(data=1, forward=4), row(data=3, forward=2)
+    assert mean_times(times(*rows)) == {"time/data_ms": 2, "time/forward_ms": 3}
 
 
 def test_the_straggler_is_the_rank_with_most_work_of_its_own_and_not_the_one_that_waits() -> None:
     waiting, slow = row(data=1, forward=4, communication=9), row(data=6, forward=5, communication=1)
-    found = find_straggler([waiting, slow, waiting])
+    found = find_straggler(times(waiting, slow, waiting))
     assert found is not None
     assert (found.rank, found.phase) == (1, "data")
     assert found.imbalance == pytest.approx(11 / 7 - 1)
@@ -106,5 +110,5 @@ def test_the_straggler_is_the_rank_with_most_work_of_its_own_and_not_the_one_tha
 
 
 def test_there_is_no_straggler_where_a_rank_is_alone_or_waiting_is_not_seen() -> None:
-    assert find_straggler([row(data=1)]) is None
-    assert find_straggler([row(data=1, graph=4), row(data=2, graph=9)]) is None
+    assert find_straggler(times(row(data=1))) is None
+    assert find_straggler(times(row(data=1, graph=4), row(data=2, graph=9))) is None

@@ -14,8 +14,8 @@ from torch import nn
 
 from pipeline.base.timing import PhaseTimer
 from pipeline.parallel import node_memory
-from pipeline.parallel.node_memory import NodeSum, open_node_sum
 from pipeline.parallel.rank import Rank, is_lost_connection
+from pipeline.parallel.replicas import NodeSum, open_node_sum
 from tests.ranks import run_ranks
 
 

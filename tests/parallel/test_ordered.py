@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.parallel.ordered import OrderedReplicas
 from pipeline.parallel.rank import Rank
+from pipeline.parallel.replicas import OrderedReplicas
 from tests.ranks import run_ranks
 
 NUM_VIRTUAL = 8

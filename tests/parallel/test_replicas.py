@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from pipeline.base.timing import PHASES, PhaseTimer
 from pipeline.config.schema import TrainConfig
 from pipeline.parallel import node_memory
-from pipeline.parallel.build import build_replicas
 from pipeline.parallel.rank import Rank
-from pipeline.parallel.replicas import Replicas
+from pipeline.parallel.replicas import Replicas, build_replicas
 from tests.ranks import run_ranks
 
 

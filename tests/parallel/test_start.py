@@ -66,7 +66,7 @@ from dataclasses import replace
 from pipeline.base.launch import Launch
 from pipeline.base.timing import PhaseTimer
 from pipeline.config.schema import TrainConfig
-from pipeline.parallel.build import build_replicas
+from pipeline.parallel.replicas import build_replicas
 from pipeline.parallel.start import start_rank
 
 with start_rank(Launch.from_environment(os.environ), TrainConfig()) as rank:

@@ -18,6 +18,7 @@ import pytest
 
 from pipeline.base.credentials import without_credentials
 from pipeline.base.files import locked
+from pipeline.base.launch import Launch
 from pipeline.config import FIELDS, CommandLine, Config, load_config, may_change
 from pipeline.run.folder import RunError, RunFolder, choose_run, is_being_trained, slurm_run_name, training_lock
 from pipeline.run.resume import changes, check_format, check_resumable, check_same_training
@@ -47,7 +48,9 @@ def test_the_name_under_slurm(environment: dict[str, str], name: str | None) -> 
 
 def choose(tmp_path: Path, *settings: str, slurm: str | None = None, launch_id: str | None = None) -> RunFolder:
     environment = {"SLURM_JOB_ID": slurm} if slurm else {}
-    return choose_run(config_of(f"run.dir={tmp_path / 'runs'}", *settings), "mnist", environment, launch_id)
+    return choose_run(
+        config_of(f"run.dir={tmp_path / 'runs'}", *settings), "mnist", environment, Launch(run_id=launch_id)
+    )
 
 
 def test_the_name_set_goes_before_slurms(tmp_path: Path) -> None:
@@ -58,7 +61,7 @@ def test_the_name_set_goes_before_slurms(tmp_path: Path) -> None:
 
 def test_a_relative_folder_of_runs_is_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert choose_run(config_of("run.name=mine"), "mnist", {}, None).path == tmp_path / "runs" / "mine"
+    assert choose_run(config_of("run.name=mine"), "mnist", {}, Launch()).path == tmp_path / "runs" / "mine"
 
 
 def test_a_default_name_is_config_name_and_time(tmp_path: Path) -> None:
@@ -80,7 +83,7 @@ def test_default_names_differ_among_trainings_started_at_once(tmp_path: Path, mo
     config, names = config_of(f"run.dir={tmp_path}"), []
 
     def choose_one() -> None:
-        names.append(choose_run(config, "mnist", {}, None).name)
+        names.append(choose_run(config, "mnist", {}, Launch()).name)
 
     threads = [threading.Thread(target=choose_one) for _ in range(16)]
     for thread in threads:
@@ -153,10 +156,10 @@ def test_resume_allows_or_refuses(
     folder = begun(tmp_path) if exists else RunFolder(tmp_path / "runs" / "mine")
     config = config_of(f"run.resume={resume}")
     if refusal is None:
-        check_resumable(folder, config, has_checkpoint=has_checkpoint)
+        check_resumable(folder, config, Launch(), has_checkpoint=has_checkpoint)
     else:
         with pytest.raises(RunError, match=refusal):
-            check_resumable(folder, config, has_checkpoint=has_checkpoint)
+            check_resumable(folder, config, Launch(), has_checkpoint=has_checkpoint)
 
 
 ANOTHER = {
@@ -190,7 +193,7 @@ def test_another_training_in_the_same_folder_is_refused(tmp_path: Path, key: str
     before, now = config_of(*both), config_of(*both, f"{key}={value}")
     folder = begun(tmp_path, *both)
     with pytest.raises(RunError) as caught:
-        check_resumable(folder, now, has_checkpoint=True)
+        check_resumable(folder, now, Launch(), has_checkpoint=True)
     message = str(caught.value)
     was, is_now = (json.loads(json.dumps(config.flat().get(key, "not set"))) for config in (before, now))
     assert "run mine is another training" in message
@@ -212,24 +215,24 @@ def test_arguments_are_compared_one_by_one(tmp_path: Path, settings: tuple[str, 
     begin = "model.arguments.dropout=0.5"
     folder, before, now = begun(tmp_path, begin), config_of(begin), config_of(begin, *settings)
     checks: list[Callable[[], None]] = [
-        lambda: check_resumable(folder, now, has_checkpoint=True),
+        lambda: check_resumable(folder, now, Launch(), has_checkpoint=True),
         lambda: check_same_training(folder, now, before.flat(), "same", "same"),
     ]
     for check in checks:
         with pytest.raises(RunError) as caught:
             check()
         assert f"another training: {message}. Choose another" in str(caught.value)
-    check_resumable(folder, config_of("model.arguments.dropout=0.5"), has_checkpoint=True)
+    check_resumable(folder, config_of("model.arguments.dropout=0.5"), Launch(), has_checkpoint=True)
 
 
 @pytest.mark.parametrize("setting", ["train.threads=1", "train.precision=bf16", "train.virtual_ranks=4"])
 def test_what_changes_the_last_bits_only_may_change_unless_the_run_is_reproducible(
     tmp_path: Path, setting: str
 ) -> None:
-    check_resumable(begun(tmp_path / "usual"), config_of(setting), has_checkpoint=True)
+    check_resumable(begun(tmp_path / "usual"), config_of(setting), Launch(), has_checkpoint=True)
     folder = begun(tmp_path / "reproducible", "train.reproducible=true")
     with pytest.raises(RunError, match=setting.partition("=")[0]):
-        check_resumable(folder, config_of("train.reproducible=true", setting), has_checkpoint=True)
+        check_resumable(folder, config_of("train.reproducible=true", setting), Launch(), has_checkpoint=True)
 
 
 def test_a_checkpoint_of_a_version_with_other_keys_is_compared_by_the_keys_that_both_know(tmp_path: Path) -> None:
@@ -258,7 +261,7 @@ def test_a_run_of_another_version_is_refused_before_anything_else_is_said(
     )
     checks: list[Callable[[], None]] = [
         lambda: check_format(folder),
-        lambda: check_resumable(folder, config_of(*settings), has_checkpoint=False),
+        lambda: check_resumable(folder, config_of(*settings), Launch(), has_checkpoint=False),
     ]
     for check in checks:
         with pytest.raises(RunError) as caught:
@@ -278,7 +281,7 @@ def test_a_damaged_config_of_a_run_is_named(tmp_path: Path, text: str) -> None:
     folder = begun(tmp_path)
     folder.config.write_text(text)
     with pytest.raises(RunError, match=r"mine/config\.yaml is not a config of this version, mend it or choose another"):
-        check_resumable(folder, config_of(), has_checkpoint=True)
+        check_resumable(folder, config_of(), Launch(), has_checkpoint=True)
 
 
 def test_keys_of_other_versions_in_the_config_of_a_run_are_passed_over(tmp_path: Path) -> None:
@@ -290,7 +293,10 @@ def test_keys_of_other_versions_in_the_config_of_a_run_are_passed_over(tmp_path:
 def test_all_that_makes_it_another_training_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"run\.seed was 0, is 1; data\.global_batch_size was 32, is 64\."):
         check_resumable(
-            begun(tmp_path), config_of("run.seed=1", "data.global_batch_size=64", "optim.lr=2"), has_checkpoint=True
+            begun(tmp_path),
+            config_of("run.seed=1", "data.global_batch_size=64", "optim.lr=2"),
+            Launch(),
+            has_checkpoint=True,
         )
 
 
@@ -311,7 +317,7 @@ def test_all_that_makes_it_another_training_is_named(tmp_path: Path) -> None:
 )
 def test_what_does_not_make_it_another_training_may_change(tmp_path: Path, setting: str) -> None:
     folder, config = begun(tmp_path), config_of(setting)
-    check_resumable(folder, config, has_checkpoint=True)
+    check_resumable(folder, config, Launch(), has_checkpoint=True)
     assert [key for key, _, _ in changes(folder, config)] == [setting.partition("=")[0]]
 
 
@@ -325,7 +331,7 @@ def test_changes_hold_the_values_before_and_now(tmp_path: Path) -> None:
 def test_a_run_killed_between_its_journal_and_its_config_goes_on(tmp_path: Path) -> None:
     folder = begun(tmp_path)
     folder.config.unlink()
-    check_resumable(folder, config_of(), has_checkpoint=False)
+    check_resumable(folder, config_of(), Launch(), has_checkpoint=False)
 
 
 def test_a_folder_without_status_has_none(tmp_path: Path) -> None:

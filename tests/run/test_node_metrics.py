@@ -22,10 +22,11 @@ import pytest
 
 from pipeline.base.signals import SIGNALS
 from pipeline.checks import find_problems
+from pipeline.commands import monitor as monitor_command
 from pipeline.config import CommandLine, ConfigError, load_config
 from pipeline.run import node_metrics as system
 from pipeline.run.journal import clean_name
-from pipeline.run.node_metrics import MIB, Rates, SystemMonitor, follow, host_name
+from pipeline.run.node_metrics import MIB, Rates, SystemMonitor, host_name
 from train.attempt.sidecars import MonitorProcess
 
 ROOT = Path(__file__).parents[2]
@@ -272,18 +273,20 @@ def test_a_run_shorter_than_the_time_between_samples_has_one_unless_that_would_b
 ) -> None:
     now = fake_clock(monkeypatch)
 
-    def wait_for_end(at_most: float) -> bool:
-        assert at_most == 60.0
+    def wait_for_end(parent: int, at_most: float) -> bool:
+        assert (parent, at_most) == (1, 60.0)
         now[0] += seconds
         return True
 
-    follow(SystemMonitor(tmp_path, HOST), 60.0, wait_for_end)
+    monkeypatch.setattr(monitor_command, "wait_for_end", wait_for_end)
+    monitor_command.follow(SystemMonitor(tmp_path, HOST), 1, 60.0)
     assert len(read_samples(tmp_path)) == count
 
 
 def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(system, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in (system, monitor_command):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 

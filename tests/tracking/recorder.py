@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 import select
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.run.folder import RunFolder, training_lock
 from pipeline.run.journal import Journal
 from tests.records import run_record
-from train.attempt.sidecars import PublisherProcess
+from train.attempt.sidecars import start_publisher
 
 STEP_SECONDS = 0.04
 NOT_ALL_PUBLISHED = 3
@@ -28,13 +30,15 @@ def main(run_dir: str, uri: str, close_timeout: str) -> int:
     with training_lock(folder):
         journal = Journal(folder.journal)
         record_beginning(folder, journal, uri)
-        publisher = PublisherProcess(folder.path, uri)
+        publisher = start_publisher(folder.path, uri)
         step = 0
         while not select.select([sys.stdin], [], [], STEP_SECONDS)[0]:
             step += 1
             journal.metrics({"train/loss": 1 / step, "train/accuracy": math.tanh(step / 100), "train/lr": 0.1}, step)
         record_end(folder, journal)
-        all_published = publisher.wait(float(close_timeout))
+        all_published = False
+        with suppress(subprocess.TimeoutExpired):
+            all_published = publisher.wait(float(close_timeout)) == 0
     return 0 if all_published else NOT_ALL_PUBLISHED
 
 

@@ -25,6 +25,8 @@ DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
 class Recorder(RunOutput):
     """A RunOutput that keeps in memory what a run folder would get."""
 
+    run_id = "test"
+
     def __init__(self) -> None:
         self.points: list[tuple[str, int, float]] = []
         self.states: list[TrainingState] = []
@@ -52,7 +54,7 @@ def make_trainer(rank: Rank, config: Config, num_train: int | None = None) -> tu
     if num_train is not None:
         dataset = cut(dataset, num_train)
     recorder = Recorder()
-    return build_trainer(config, rank, dataset, recorder, StopRequest(), StartupTimer(), "test"), recorder
+    return build_trainer(config, rank, dataset, recorder, StopRequest(), StartupTimer()), recorder
 
 
 def cut(dataset: Dataset, num_train: int) -> Dataset:

@@ -13,12 +13,17 @@ from pipeline.data.build import list_dataset
 from pipeline.data.samples import DataError, Dataset, PixelSamples
 from pipeline.models.bundle import Bundle
 from pipeline.parallel.rank import Rank
+from pipeline.run.folder import RunFolder
 from tests.base.disk import Event, record_disk
 from tests.faults.trainings import records, settings_of, state, train_as_rank
 from tests.ranks import RankFailed, run_ranks
 from tests.train.helpers import config_of
 from tests.train.test_resume import run
 from train import main
+from train.attempt import attempt
+from train.attempt.finish import evaluate_test_split
+from train.output import FolderOutput
+from train.trainer import Trainer
 
 WITH_TEST = ("data.arguments.test_size=30", "train.epochs=2")
 
@@ -43,6 +48,25 @@ def test_the_test_split_is_evaluated_once_at_the_end_with_the_best_weights(tmp_p
     assert step == best_step
     assert accuracy == pytest.approx(float((output.argmax(1) == test.labels).float().mean()))
     assert loss == pytest.approx(float(torch.nn.functional.nll_loss(output, test.labels)), rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_request_to_stop_while_the_test_split_is_evaluated_is_heard_and_the_next_attempt_evaluates_it(
+    tmp_path: Path, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_meanwhile(output: FolderOutput | None, trainer: Trainer) -> list[str] | None:
+        if trainer.rank.is_main:
+            trainer.stop.ask("the test")
+        return evaluate_test_split(output, trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt, "evaluate_test_split", stop_meanwhile)
+        run(tmp_path, *WITH_TEST, world_size=world_size)
+    assert RunFolder(tmp_path / "run").status()["state"] == "preempted"
+    assert values(tmp_path, "test/accuracy") == []
+    run(tmp_path, *WITH_TEST, world_size=world_size)
+    assert RunFolder(tmp_path / "run").status()["state"] == "finished"
+    assert len(values(tmp_path, "test/accuracy")) == 1
 
 
 def test_a_run_without_a_test_split_has_no_test_metrics(tmp_path: Path) -> None:

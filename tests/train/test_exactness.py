@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.config.schema import OptimConfig
-from pipeline.data.resident import ResidentLoader
+from pipeline.data.loaders import ResidentLoader
 from pipeline.learning.optim import Schedule, build_optimizer
 from pipeline.learning.update import Update
-from pipeline.parallel.build import build_replicas
 from pipeline.parallel.rank import Rank
+from pipeline.parallel.replicas import build_replicas
 from tests.ranks import run_ranks
 from tests.train.helpers import config_of, flat_weights, losses, make_trainer, set_total_steps
 from train.steps.captured import CapturedStep
@@ -199,7 +199,7 @@ def test_evaluation_counts_every_sample_once_and_agrees_on_every_number_of_ranks
 def _evaluated(rank: Rank, eval_batch_size: int) -> tuple[list[list[int]], float, list[int]]:
     trainer, _ = make_trainer(rank, config_of(f"data.eval_batch_size={eval_batch_size}"))
     evaluation = trainer.evaluator.evaluate()
-    assert evaluation.count == 360
+    assert evaluation is not None and evaluation.count == 360
     predictions = trainer.evaluator.predictions()
     assert torch.equal(predictions.labels, trainer.evaluator.loader.prepare.take.labels)  # type: ignore[arg-type]
     assert int((predictions.labels == predictions.predicted).sum()) == evaluation.num_correct

@@ -35,7 +35,7 @@ def _other_times_around_a_slow_evaluation(rank: Rank) -> tuple[list[float], list
     trainer, recorder = make_trainer(rank, config_of(*settings), 128)
     evaluate = trainer.evaluator.evaluate
 
-    def slowly(is_interrupted: Callable[[], bool] = lambda: False) -> Evaluation:
+    def slowly(is_interrupted: Callable[[], bool] = lambda: False) -> Evaluation | None:
         time.sleep(SLOW)
         return evaluate(is_interrupted)
 

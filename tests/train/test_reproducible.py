@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.parallel.ordered import OrderedReplicas
 from pipeline.parallel.rank import Rank
+from pipeline.parallel.replicas import OrderedReplicas
 from tests.faults.trainings import state
 from tests.ranks import run_ranks
 from tests.train.test_resume import assert_same_run, run
-from train.steps.ordered import OrderedStep
+from train.steps.eager import OrderedStep
 
 REPRODUCIBLE = ("train.reproducible=true", "checkpoint.every_steps=3", "data.augment.crop=2", "data.eval_batch_size=4")
 

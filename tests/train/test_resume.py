@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.data.inputs import Batch
+from pipeline.data.order import Batch
 from pipeline.models.bundle import Bundle
 from pipeline.parallel.rank import Rank
 from tests.faults.trainings import history, settings_of, state, train_as_rank

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.base.launch import Launch
 from pipeline.base.signals import StopRequest
 from train.attempt.watchdog import PHASES, Launcher, StopFiles, find_phases
 
@@ -30,7 +31,8 @@ def run_watched(body: str, timeout: float = 0.5, *, in_backward: bool = False) -
     watchdog.CHECK_EVERY = 0.05
     rank, heartbeats = Rank(3, 3, 4, 4, torch.device("cpu"), "gloo", 1), []
     fail = lambda cause: print("recorded:", cause, flush=True)
-    dog = watchdog.Watchdog(rank, lambda: len(heartbeats), {timeout}, fail, waits_in_backward={in_backward})
+    phases = watchdog.find_phases(waits_in_backward={in_backward})
+    dog = watchdog.Watchdog(rank, lambda: len(heartbeats), {timeout}, fail, phases)
     with watchdog.watching(dog.check):
     {textwrap.indent(textwrap.dedent(body), "        ")}
     print("ended by itself")
@@ -97,7 +99,7 @@ def test_one_whose_last_words_hang_too_is_ended_all_the_same() -> None:
     done = run_watched(
         """
         watchdog.LAST_WORDS = 0.2
-        dog._fail = lambda cause: time.sleep(20)
+        dog.fail = lambda cause: time.sleep(20)
         time.sleep(20)
         """
     )
@@ -135,9 +137,9 @@ def test_the_file_that_the_environment_names_asks_too_and_is_left(tmp_path: Path
 
 def test_the_death_of_the_launcher_is_a_request_to_stop_and_then_the_end() -> None:
     request = StopRequest()
-    Launcher(os.getppid(), request).check()
+    Launcher(Launch(launcher_pid=os.getppid()), request).check()
     assert not request
-    Launcher(os.getppid() + 1, request).check()
+    Launcher(Launch(launcher_pid=os.getppid() + 1), request).check()
     assert request.reason == "the death of the launcher"
 
 
@@ -145,8 +147,9 @@ def test_a_training_that_does_not_leave_after_its_launcher_is_ended() -> None:
     done = run_watched(
         """
         watchdog.GRACE = 0.2
+        from pipeline.base.launch import Launch
         from pipeline.base.signals import StopRequest
-        launcher = watchdog.Launcher(1_000_000_000, StopRequest())
+        launcher = watchdog.Launcher(Launch(launcher_pid=1_000_000_000), StopRequest())
         with watchdog.watching(launcher.check):
             time.sleep(20)
         """,

@@ -2,14 +2,18 @@
 
 import os
 import shlex
+import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.base.launch import Launch
 from pipeline.base.logs import logger
-from pipeline.data.samples import Dataset
-from pipeline.parallel.rank import Rank
+from pipeline.base.signals import StopRequest
+from pipeline.data.samples import DataError, Dataset
+from pipeline.learning.update import NonFiniteError
+from pipeline.parallel.rank import Rank, RemoteError, is_lost_connection
 from pipeline.run.checkpoint import TrainingState
 from pipeline.run.folder import RunError
 from pipeline.run.published import Progress
@@ -17,7 +21,7 @@ from pipeline.run.sweep import read_sweep_folder
 from train.attempt.begin import begin_attempt, tracking_uri
 from train.attempt.claim import Claim, Invocation, claim_run
 from train.attempt.finish import evaluate_test_split, record_stop, write_results
-from train.attempt.sidecars import MonitorProcess, PublisherProcess
+from train.attempt.sidecars import MonitorProcess, start_publisher
 from train.output import FolderOutput, Outcome, RunOutput
 from train.trainer import Trainer
 
@@ -35,11 +39,10 @@ class Attempt:
     is_finished: bool
     """Whether nothing is left to train."""
     claim: Claim | None
-    run_id: str = ""
     output: RunOutput = field(default_factory=RunOutput)
     outcome: Outcome | None = None
     dataset: Dataset | None = None
-    publisher: PublisherProcess | None = None
+    publisher: subprocess.Popen[bytes] | None = None
     monitor: MonitorProcess | None = None
     """On the first rank of each node."""
     last_lines: tuple[str, ...] = ()
@@ -55,7 +58,7 @@ class Attempt:
         """
         self.dataset = dataset
         self._say_note()
-        self.run_id = self.rank.run_on_main(self._begin)
+        self.rank.run_on_main(self._begin)
         tracking = self.call.config.tracking
         if self.rank.local_rank == 0 and tracking.system_every > 0:
             self.monitor = MonitorProcess(self.folder, tracking.system_every)
@@ -64,36 +67,36 @@ class Attempt:
         state = self.rank.broadcast_state(found)
         return TrainingState(**state) if state else None
 
-    def _begin(self) -> str:
+    def _begin(self) -> None:
         assert self.claim is not None and self.dataset is not None
         try:
-            self.output, run_id = begin_attempt(self.call, self.claim, self.rank, self.dataset)
+            self.output = begin_attempt(self.call, self.claim, self.rank, self.dataset)
         except OSError as error:
             raise _cannot_write(error) from error
         if self.call.config.tracking.enabled:
             try:
-                self.publisher = PublisherProcess(self.folder, self.uri)
+                self.publisher = start_publisher(self.folder, self.uri)
             except OSError as error:
                 logger.warning("nothing is published while it trains: %s", error)
-        return run_id
 
     def end(self, outcome: Outcome, trainer: Trainer) -> None:
         """Collective. Write what the training leaves."""
-        self.outcome = outcome
         self.close_monitor()
         self.rank.barrier()  # the metrics of all nodes are written before the run is said to have ended
         output = self.output if isinstance(self.output, FolderOutput) else None
-        if outcome == "preempted":
-            self.last_lines = tuple(record_stop(output, trainer)) if output else ()
-            return
-        predictions, lines = trainer.evaluator.predictions(), []
-        if output:
-            assert self.dataset is not None
-            lines = write_results(output, self.call.config, self.dataset, trainer, predictions)
-        lines += evaluate_test_split(output, trainer)
-        if output:
+        lines, test_lines = list[str](), None
+        if outcome == "finished":
+            predictions = trainer.evaluator.predictions()
+            if output:
+                assert self.dataset is not None
+                lines = write_results(output, self.call.config, self.dataset, trainer, predictions)
+            test_lines = evaluate_test_split(output, trainer)
+        self.outcome = "preempted" if test_lines is None else "finished"
+        if output and test_lines is None:
+            lines = record_stop(output, trainer)
+        elif output:
             output.end("finished", "finished")
-        self.last_lines = tuple(lines)
+        self.last_lines = (*lines, *(test_lines or ()))
 
     def fail(self, cause: BaseException) -> None:
         """Record on rank 0 that the attempt failed."""
@@ -119,7 +122,8 @@ class Attempt:
         if self.publisher is not None:
             logger.info("publishing to %s", progress.store_uri)
             limit = PREEMPTED_TIMEOUT if self.outcome == "preempted" else float("inf")
-            published = self.publisher.wait(min(self.call.config.tracking.close_timeout, limit))
+            with suppress(subprocess.TimeoutExpired):  # what is not published remains in the journal
+                published = self.publisher.wait(min(self.call.config.tracking.close_timeout, limit)) == 0
             if not published and self.call.launch.launcher_is_gone:
                 self.publisher.kill()  # nothing is to outlive it for long
             progress = Progress(self.output.folder, self.uri)
@@ -155,12 +159,8 @@ def open_attempt(call: Invocation, rank: Rank) -> Iterator[Attempt]:
         folder, is_finished = rank.run_on_main(claim)
         attempt = Attempt(call, rank, folder, is_finished, claims[0] if claims else None)
         if is_finished and attempt.claim:
-            logger.info(
-                "run %s is finished (%d epochs) and left as it is; raise train.epochs to go on, or choose another "
-                "run.name",
-                folder.name,
-                attempt.claim.position.epoch,
-            )
+            advice, epochs = "raise train.epochs to go on, or choose another run.name", attempt.claim.position.epoch
+            logger.info("run %s is finished (%d epochs) and left as it is; %s", folder.name, epochs, advice)
             if call.config.tracking.enabled and not Progress(attempt.claim.folder, attempt.uri).is_complete():
                 logger.info("MLflow has not everything of it; publish the rest with: %s", sync_command(folder))
         stack.callback(attempt.close_monitor)
@@ -192,3 +192,21 @@ def describe_opening(folder: Path, progress: Progress, *, published: bool) -> st
     is_default = uri == f"sqlite:///{Path('mlflow.db').absolute()}"  # what a bare `mlflow server` opens
     store = "" if is_default else f" --backend-store-uri {shlex.quote(uri)}"
     return f"look at the run: mlflow server{store}, then open http://127.0.0.1:5000/{page}"
+
+
+def report_failure(error: Exception, launch: Launch, stop: StopRequest) -> int:
+    """Log why the training failed, and return exit code 1. Raises `error` again if its traceback is the explanation.
+
+    Only the cause is to be read first: a rank that fails because another one did waits to be ended by the launcher.
+    """
+    if isinstance(error, DataError | NonFiniteError | RunError):
+        logger.error("%s", error)
+        return 1
+    if not (isinstance(error, RemoteError) or is_lost_connection(error)):
+        raise error
+    if not stop:
+        launch.await_end(seconds=5)
+        if not isinstance(error, RemoteError):
+            raise error  # nobody else ended: the cause may be here
+    logger.warning("ended because another rank did: %s", error)
+    return 1

@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import socket
+import subprocess
 import sys
 import uuid
 from dataclasses import asdict
@@ -14,23 +16,30 @@ import torch
 from pipeline.base.credentials import without_credentials
 from pipeline.base.files import write_atomically
 from pipeline.base.logs import logger
-from pipeline.base.provenance import collect_provenance
 from pipeline.config import Config
 from pipeline.data.samples import Dataset
+from pipeline.learning.optim import build_schedule
 from pipeline.models.bundle import CONTENT, Bundle, BundleError
 from pipeline.parallel.rank import Rank
+from pipeline.run.checkpoint import Checkpoints
 from pipeline.run.folder import RunError, RunFolder
 from pipeline.run.journal import now_ms
 from pipeline.run.records import DatasetRecord, Record, RunRecord
 from pipeline.run.resume import changes, check_same_training
 from pipeline.run.sweep import read_sweep_folder
 from train.attempt.claim import Claim, Invocation
-from train.build import build_schedule, build_spec
+from train.build import build_spec
 from train.output import NUM_SNAPSHOT_IMAGES, FolderOutput
 
+OF_JOB = (
+    *("slurm_job_id", "slurm_array_job_id", "slurm_array_task_id"),
+    *("slurm_job_nodelist", "slurm_job_partition", "slurm_restart_count"),
+)
+"""Tags, and in capitals the variables that hold their values."""
 
-def begin_attempt(call: Invocation, claim: Claim, rank: Rank, dataset: Dataset) -> tuple[FolderOutput, str]:
-    """Record the beginning of an attempt; return where it writes, and the id of its run.
+
+def begin_attempt(call: Invocation, claim: Claim, rank: Rank, dataset: Dataset) -> FolderOutput:
+    """Record the beginning of an attempt; return where it writes.
 
     Raises RunError, before anything is written, if the checkpoint belongs to another training.
     """
@@ -42,14 +51,13 @@ def begin_attempt(call: Invocation, claim: Claim, rank: Rank, dataset: Dataset) 
     bundle = Bundle(folder.model, build_spec(config, dataset), dataset.classes, dataset.mean, dataset.std)
     _check_same_model(bundle, claim)
     bundle.write()
+    run_id = journal.run_id or (claim.state.identity.run_id if claim.state else uuid.uuid4().hex)
     prefix = f"attempt.{journal.num_attempts + 1}." if journal.run_id else ""
     saved_step = position.global_step if claim.state else None
-    output = FolderOutput(folder, journal, claim.checkpoints, bundle, prefix, saved_step)
+    output = FolderOutput(folder, journal, Checkpoints(config.checkpoint, folder), bundle, run_id, prefix, saved_step)
     _write_snapshot_images(folder, dataset)
     tags, where = _tags(call, rank), os.path.relpath(folder.path)
-    run_id = journal.run_id
-    if run_id is None:
-        run_id = claim.state.identity.run_id if claim.state else uuid.uuid4().hex
+    if journal.run_id is None:
         journal.append(*_new_run(config, folder, dataset, bundle, run_id), {"kind": "tags", "values": tags})
         logger.info("run %s: %s", folder.name, where)
     else:
@@ -69,7 +77,7 @@ def begin_attempt(call: Invocation, claim: Claim, rank: Rank, dataset: Dataset) 
         global_step=position.global_step,
     )
     output.begin({"host": tags["host"], "ranks": tags["world_size"]})
-    return output, run_id
+    return output
 
 
 def _check_same_model(bundle: Bundle, claim: Claim) -> None:
@@ -120,13 +128,31 @@ def _new_run(config: Config, folder: RunFolder, dataset: Dataset, bundle: Bundle
 
 
 def _tags(call: Invocation, rank: Rank) -> dict[str, str]:
-    return collect_provenance(os.environ, call.root) | {
+    """Return tags of the code (its commit, if it is a git checkout), the machine, the job and the ranks."""
+    tags = {"host": socket.gethostname(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        tags["gpu"] = torch.cuda.get_device_name()
+    tags |= {tag: os.environ[tag.upper()] for tag in OF_JOB if tag.upper() in os.environ}
+    commit = _git(call.root, "rev-parse", "HEAD")
+    if commit is not None:
+        changed = _git(call.root, "status", "--porcelain", "--untracked-files=no")
+        tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(changed)).lower()}
+    return tags | {
         "world_size": str(rank.world_size),
         "backend": rank.backend,
         "device": rank.device.type,
         "threads_per_rank": str(rank.num_threads),
         "config": call.config_name,
     }
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(repository), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _write_snapshot_images(folder: RunFolder, dataset: Dataset) -> None:

@@ -30,7 +30,6 @@ class Claim:
     """A run folder that this attempt holds."""
 
     folder: RunFolder
-    checkpoints: Checkpoints
     state: TrainingState | None
     """The latest usable checkpoint."""
     num_fruitless_attempts: int
@@ -73,18 +72,13 @@ def claim_run(call: Invocation, stack: ExitStack) -> Claim:
     """Take the run folder; `stack` holds its lock. Raises RunError where that is refused, with the folder as it was."""
     config, launch = call.config, call.launch
     is_first = not Path(config.run.dir).exists()
-    folder = choose_run(config, call.config_name, os.environ, launch.run_id, is_restart=launch.is_restart)
+    folder = choose_run(config, call.config_name, os.environ, launch)
     is_new = not folder.path.exists() or not any(folder.path.iterdir())
-    checkpoints = Checkpoints(config.checkpoint, folder)
     if folder.path.exists():
         # cut off from the others, its ranks end after train.hang_timeout; the other ranks of this one wait as long
         patience = config.train.hang_timeout if launch.may_be_early else 0.0
         stack.enter_context(training_lock(folder, patience=patience))
-    check_format(folder)
-    state = checkpoints.load_latest()
-    check_resumable(
-        folder, config, has_checkpoint=state is not None, launch_id=launch.run_id, is_requeued=launch.is_requeued
-    )
+    state = load_state(call, folder)
     if not folder.path.exists():
         folder.path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(training_lock(folder))
@@ -94,7 +88,15 @@ def claim_run(call: Invocation, stack: ExitStack) -> Claim:
             f"run {folder.name} has ended {num_fruitless} times in a row without a new checkpoint: look at its log for "
             f"the reason; run.max_attempts={num_fruitless + 1} or more tries again"
         )
-    return Claim(folder, checkpoints, state, num_fruitless, is_finished(folder.status(), config), is_new, is_first)
+    return Claim(folder, state, num_fruitless, is_finished(folder.status(), config), is_new, is_first)
+
+
+def load_state(call: Invocation, folder: RunFolder) -> TrainingState | None:
+    """Return the latest usable checkpoint. Raises RunError where this invocation may not go on in the folder."""
+    check_format(folder)
+    state = Checkpoints(call.config.checkpoint, folder).load_latest()
+    check_resumable(folder, call.config, call.launch, has_checkpoint=state is not None)
+    return state
 
 
 def _count_fruitless_attempts(folder: RunFolder, state: TrainingState | None) -> int:

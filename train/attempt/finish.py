@@ -72,16 +72,18 @@ def best_weights(output: FolderOutput, trainer: Trainer) -> tuple[str, int]:
     return "final", trainer.position.global_step
 
 
-def evaluate_test_split(output: FolderOutput | None, trainer: Trainer) -> list[str]:
+def evaluate_test_split(output: FolderOutput | None, trainer: Trainer) -> list[str] | None:
     """Collective. Evaluate the best weights on the test split once, at the end; return lines for people.
 
-    The model is left with these weights. `output` is rank 0's.
+    None if a request to stop interrupted it. The model is left with these weights. `output` is rank 0's.
     """
     if trainer.test_evaluator is None:
         return []
     which, step = best_weights(output, trainer) if output else ("", 0)
     trainer.model.load_state_dict(trainer.rank.broadcast_state(output.bundle.load_weights(which) if output else None))
-    evaluation = trainer.test_evaluator.evaluate(trainer.heartbeat)
+    evaluation = trainer.test_evaluator.evaluate(trainer.after_evaluation_batch)
+    if evaluation is None:
+        return None
     if output is None:
         return []
     output.metrics({"test/loss": evaluation.loss, "test/accuracy": evaluation.accuracy}, step)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from pipeline.data.build import list_dataset
 from pipeline.data.samples import DataError, Dataset
+from pipeline.learning.optim import build_schedule
 from pipeline.learning.update import choose_precision
 from pipeline.models.catalog import ModelSpec, describe_layers
 from pipeline.parallel.start import choose_device, num_threads
-from pipeline.run.checkpoint import Checkpoints
 from pipeline.run.folder import RunError, RunFolder, is_being_trained, slurm_run_name, wait_until_free
-from pipeline.run.resume import changes, check_format, check_resumable, check_same_training, is_finished
-from train.attempt.claim import Invocation
-from train.build import build_schedule, build_spec
+from pipeline.run.resume import changes, check_same_training, is_finished
+from train.attempt.claim import Invocation, load_state
+from train.build import build_spec
 
 
 def show_plan(call: Invocation) -> int:
@@ -82,7 +82,7 @@ def _folder(call: Invocation) -> Path:
 def _check_run(call: Invocation, folder: RunFolder) -> str:
     config, launch = call.config, call.launch
     if not folder.path.exists():
-        check_resumable(folder, config, has_checkpoint=False)
+        load_state(call, folder)
         return "new"
     if launch.may_be_early:
         # ranks that are cut off from the others end by themselves; here nobody waits for this one
@@ -91,18 +91,14 @@ def _check_run(call: Invocation, folder: RunFolder) -> str:
         raise RunError(
             f"run {folder.name} is being trained right now: wait for it, stop it, or choose another run.name"
         )
-    check_format(folder)
-    state = Checkpoints(config.checkpoint, folder).load_latest()
-    check_resumable(
-        folder, config, has_checkpoint=state is not None, launch_id=launch.run_id, is_requeued=launch.is_requeued
-    )
+    state = load_state(call, folder)
     if state is not None:  # whose dataset is not read here
         identity = state.identity
         check_same_training(folder, config, identity.config, identity.dataset_digest, identity.dataset_digest)
     status, step = folder.status(), state.position.global_step if state else 0
     if is_finished(status, config):
         return "finished, and left as it is; raise train.epochs to go on, or choose another run.name"
-    before = {"running": "killed"}.get(status.get("state", "new"), status.get("state", "new"))
+    before = status.get("state", "new").replace("running", "killed")
     changed = "".join(
         f"\n  from here on with {key}={now}, which was {was}" for key, was, now in changes(folder, config)
     )

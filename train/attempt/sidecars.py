@@ -13,27 +13,14 @@ from pipeline.models.bundle import TRUST_VARIABLE
 from pipeline.run.node_metrics import host_name
 
 
-class PublisherProcess:
-    """The process that drains the journal into MLflow. It outlives a crash of the training by 30 s at most.
+def start_publisher(run_folder: Path, tracking_uri: str) -> subprocess.Popen[bytes]:
+    """Start what drains the journal into MLflow, and ends with exit code 0 when all is published.
 
-    A process and not a thread, because a thread would stall the loop at the GIL.
+    A process and not a thread, because a thread would stall the loop at the GIL. It outlives a crash of the training by
+    30 s at most; what is not published then remains in the journal.
     """
-
-    def __init__(self, run_folder: Path, tracking_uri: str):
-        self._process = start_beside(
-            ["publish", str(run_folder)], run_folder / "publisher.log", MLFLOW_TRACKING_URI=tracking_uri
-        )
-
-    def wait(self, timeout: float) -> bool:
-        """Return whether all was published within `timeout` seconds. What was not remains in the journal."""
-        try:
-            return self._process.wait(timeout) == 0
-        except subprocess.TimeoutExpired:
-            return False
-
-    def kill(self) -> None:
-        """End it at once; what is not published remains in the journal."""
-        self._process.kill()
+    command, log = ["publish", str(run_folder)], run_folder / "publisher.log"
+    return start_beside(command, log, MLFLOW_TRACKING_URI=tracking_uri)
 
 
 class MonitorProcess:

@@ -9,8 +9,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from inspect import unwrap
 from pathlib import Path
 from types import CodeType, FrameType
@@ -21,14 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.base.launch import Launch
 from pipeline.base.logs import logger
 from pipeline.base.signals import StopRequest
-from pipeline.config import Config
-from pipeline.data.resident import ResidentLoader
-from pipeline.data.streamed import StreamedLoader
+from pipeline.data.loaders import ResidentLoader, StreamedLoader
 from pipeline.learning.evaluation import Evaluator
 from pipeline.learning.update import Precision, Update
-from pipeline.parallel.node_memory import NodeSum
-from pipeline.parallel.ordered import OrderedReplicas
 from pipeline.parallel.rank import PendingSum, Rank
+from pipeline.parallel.replicas import NodeSum, OrderedReplicas
 from train.attempt.attempt import Attempt
 from train.steps.captured import CapturedStep
 from train.steps.parts import StepParts
@@ -73,54 +71,49 @@ def find_phases(*, waits_in_backward: bool) -> dict[CodeType, str]:
     return {unwrap(function).__code__: name for function, name in phases.items()}
 
 
+@dataclass
 class Watchdog:
-    """Ends this process if its training hangs."""
+    """Ends this process if its training, in the thread that makes the watchdog, hangs.
 
-    def __init__(
-        self,
-        rank: Rank,
-        progress: Callable[[], object],
-        timeout: float,
-        fail: Callable[[BaseException], None],
-        *,
-        waits_in_backward: bool = False,
-    ):
-        """`progress()` changes whenever training advances. If it stays the same for `timeout` seconds, `fail` records
-        that, and the rank is ended."""
-        self._rank = rank
-        self._progress = progress
-        self._timeout = timeout
-        self._fail = fail
-        self._phases = find_phases(waits_in_backward=waits_in_backward)
-        self._last = progress()
-        self._checked_at = time.monotonic()
-        self._silent = 0.0
-        self._thread_id = threading.get_ident()
+    `progress()` changes whenever training advances. If it stays the same for `timeout` seconds, `fail` records that,
+    and the rank is ended.
+    """
+
+    rank: Rank
+    progress: Callable[[], object]
+    timeout: float
+    fail: Callable[[BaseException], None]
+    phases: Mapping[CodeType, str]
+    """From `find_phases`."""
+    _last: object = None
+    _silent: float = 0.0
+    _checked_at: float = field(default_factory=time.monotonic)
+    _thread_id: int = field(default_factory=threading.get_ident)
 
     def check(self) -> None:
-        now, current = time.monotonic(), self._progress()
+        now, current = time.monotonic(), self.progress()
         # a process that was suspended did not hang meanwhile
         passed, self._checked_at = min(now - self._checked_at, 2 * CHECK_EVERY), now
         self._silent = self._silent + passed if current == self._last else 0.0
         self._last = current
         # who waits is not the cause: that rank's own watchdog is to speak first, then the collective that times out
-        if self._silent >= self._timeout + (30.0 if self._phase() == WAITING else 0.0):
+        if self._silent >= self.timeout + (30.0 if self._phase() == WAITING else 0.0):
             self._end()
 
     def _phase(self) -> str:
         frame: FrameType | None = sys._current_frames().get(self._thread_id)
         while frame is not None:
-            if frame.f_code in self._phases:
-                return self._phases[frame.f_code]
+            if frame.f_code in self.phases:
+                return self.phases[frame.f_code]
             frame = frame.f_back
         return "the training loop"
 
     def _end(self) -> None:
-        reason = f"rank {self._rank.rank} hung for {self._silent:.0f} s in {self._phase()} (train.hang_timeout)"
+        reason = f"rank {self.rank.rank} hung for {self._silent:.0f} s in {self._phase()} (train.hang_timeout)"
         logger.error("%s; where its threads are:", reason)
         faulthandler.dump_traceback(sys.__stderr__ or 2)
         # in a thread of its own: the file system may be what stands still
-        last_words = threading.Thread(target=self._fail, args=(TimeoutError(reason),), daemon=True)
+        last_words = threading.Thread(target=self.fail, args=(TimeoutError(reason),), daemon=True)
         last_words.start()
         last_words.join(LAST_WORDS)
         os._exit(1)
@@ -149,28 +142,26 @@ class StopFiles:
                 self._stops[0].unlink(missing_ok=True)
 
 
+@dataclass
 class Launcher:
     """Ends this training if torchrun, which started it, is gone."""
 
-    def __init__(self, pid: int, request: StopRequest, *, is_replaceable: bool = False):
-        """`pid` is torchrun's. `is_replaceable`: the launchers of other nodes go on without this node."""
-        self._pid = pid
-        self._request = request
-        self._is_replaceable = is_replaceable
-        self._died_at: float | None = None
+    launch: Launch
+    request: StopRequest
+    _died_at: float | None = None
 
     def check(self) -> None:
         """Ask to stop if it is gone; end this process if that takes too long, or if others go on without this node."""
-        if os.getppid() == self._pid:
+        if not self.launch.launcher_is_gone:
             return
-        now = time.monotonic()
-        if self._is_replaceable:
-            logger.error("the launcher (process %d) is gone: leaving the training to the other nodes", self._pid)
+        pid, now = self.launch.launcher_pid, time.monotonic()
+        if self.launch.is_replaceable:
+            logger.error("the launcher (process %d) is gone: leaving the training to the other nodes", pid)
             os._exit(1)
         if self._died_at is None:
             self._died_at = now
-            logger.error("the launcher (process %d) is gone: saving, and leaving", self._pid)
-            self._request.ask("the death of the launcher")
+            logger.error("the launcher (process %d) is gone: saving, and leaving", pid)
+            self.request.ask("the death of the launcher")
         elif now - self._died_at > GRACE:
             os._exit(1)
 
@@ -197,14 +188,14 @@ def watching(*checks: Callable[[], None]) -> Iterator[None]:
         thread.join(2 * CHECK_EVERY)
 
 
-def watching_training(config: Config, attempt: Attempt, trainer: Trainer) -> AbstractContextManager[None]:
+def watching_training(attempt: Attempt, trainer: Trainer) -> AbstractContextManager[None]:
     """Watch the training of this rank, and on rank 0 the stop files of its run folder."""
 
     def progress() -> object:
         return trainer.heartbeats, trainer.timer.last
 
-    timeout, in_backward = config.train.hang_timeout, trainer.waits_in_backward
-    checks = [Watchdog(trainer.rank, progress, timeout, attempt.fail, waits_in_backward=in_backward).check]
+    phases = find_phases(waits_in_backward=trainer.waits_in_backward)
+    checks = [Watchdog(trainer.rank, progress, trainer.config.hang_timeout, attempt.fail, phases).check]
     if trainer.rank.is_main:
         checks.append(StopFiles(attempt.folder, os.environ.get("CONVOY_STOP_FILE"), trainer.stop).check)
     return watching(*checks)
@@ -214,4 +205,4 @@ def watching_launcher(launch: Launch, stop: StopRequest) -> AbstractContextManag
     """Watch the launcher, if there is one."""
     if launch.launcher_pid is None:
         return nullcontext()
-    return watching(Launcher(launch.launcher_pid, stop, is_replaceable=launch.is_replaceable).check)
+    return watching(Launcher(launch, stop).check)

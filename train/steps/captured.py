@@ -10,11 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.data.inputs import Batch
+from pipeline.data.order import Batch
 from pipeline.models.catalog import has_batch_statistics
 from pipeline.parallel.replicas import on_stream
 from train.steps.eager import EagerStep
-from train.steps.parts import StepParts
+from train.steps.parts import Step, StepParts
 
 NUM_WARM_UP = 11
 """DDP settles its buckets and its statistics in its first eager iterations; torch's notes on CUDA graphs ask for 11."""
@@ -29,18 +29,18 @@ def capture(compute: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[C
     return graph.replay, result
 
 
-class CapturedStep:
+class CapturedStep(Step):
     """Computes what EagerStep computes, for batches of one micro-batch that are indices into a resident dataset.
 
     A shorter batch is padded with samples of weight zero, whose gradient is zero: exact, unless the model has batch
     statistics. Then an EagerStep computes it. On CPU nothing is captured, which serves to test the arithmetic.
     """
 
-    def __init__(self, parts: StepParts, batch_size: int, stream: torch.cuda.Stream | None = None):
-        """`batch_size`: the most samples of this rank in a step. `stream`: where DDP was made, to capture on."""
+    def __init__(self, parts: StepParts, batch_size: int):
+        """`batch_size`: the most samples of this rank in a step."""
         device = parts.rank.device
         self._parts = parts
-        self._stream = stream
+        self._stream = parts.replicas.capture_stream
         self._indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._scale = torch.zeros((), dtype=parts.precision.weights_dtype, device=device)
@@ -53,13 +53,16 @@ class CapturedStep:
         """Collective. Capture the step; weights and optimizer are left as they are."""
         if self._stream is None or self._replay is not None:
             return
-        before = self._snapshot()
+        before = {tensor: tensor.detach().clone() for tensor in self._changed()}
         self._parts.update.scale_lr(0.0)
         with on_stream(self._stream), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*capturable=True.*")  # soon it will be captured
             for _ in range(NUM_WARM_UP):
                 self._compute()
-        self._restore(before)
+        with torch.no_grad():
+            for tensor in self._changed():  # in place: the graph will use these very tensors
+                # what the warm-up made is zeroed, as all optimizers begin
+                tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
         self._replay, self._sums = capture(self._compute, self._stream)
 
     def __call__(self, batch: Batch, step: int) -> Tensor:
@@ -95,26 +98,9 @@ class CapturedStep:
         parts.update()
         return sums.double()
 
-    def _snapshot(self) -> dict[tuple[Tensor, str], Tensor]:
-        """Copy all that a step changes: weights, buffers, and what the optimizer knows of each weight."""
-        state: dict[tuple[Tensor, str], Tensor] = {(t, "value"): t.detach().clone() for t in self._changed()}
-        for parameter, values in self._parts.update.optimizer.state.items():
-            state |= {(parameter, key): v.clone() for key, v in values.items() if isinstance(v, Tensor)}
-        return state
-
     def _changed(self) -> list[Tensor]:
+        """Return all that a step changes: weights, buffers, counts, and what the optimizer knows of each weight."""
         update = self._parts.update
-        return [*update.parameters, *self._parts.replicas.model.buffers(), update.skipped]
-
-    @torch.no_grad()
-    def _restore(self, before: dict[tuple[Tensor, str], Tensor]) -> None:
-        """Restore in place: the graph will use these very tensors. What the warm-up made is zeroed, as all optimizers
-        begin."""
-        for tensor in self._changed():
-            tensor.copy_(before[tensor, "value"])
-        update = self._parts.update
-        for parameter in update.parameters:
-            for key, value in update.optimizer.state[parameter].items():
-                if isinstance(value, Tensor):
-                    known = before.get((parameter, key))
-                    value.zero_() if known is None else value.copy_(known)
+        known = [value for state in update.optimizer.state.values() for value in state.values()]
+        weights = [*update.parameters, *self._parts.replicas.model.buffers(), update.skipped]
+        return [*weights, *(value for value in known if isinstance(value, Tensor))]

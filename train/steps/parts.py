@@ -1,14 +1,14 @@
 """The interface of a training step, and the parts that every way of executing one has."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.base.seeding import stream_seed
 from pipeline.base.timing import PhaseTimer
-from pipeline.data.inputs import Batch, Inputs, Prepare
+from pipeline.data.inputs import Inputs, Prepare
+from pipeline.data.order import Batch
 from pipeline.learning.losses import Loss
 from pipeline.learning.metrics import count_correct
 from pipeline.learning.update import Precision, Update
@@ -16,7 +16,7 @@ from pipeline.parallel.rank import Rank
 from pipeline.parallel.replicas import Replicas
 
 
-class Step(Protocol):
+class Step:
     """One optimizer step on this rank's share of a global batch."""
 
     def prepare(self) -> None:
@@ -27,6 +27,7 @@ class Step(Protocol):
 
         That is the summed loss and the number of correct predictions of this rank's share.
         """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.data.samples import Content, DataError, Dataset, PixelSamples, fingerprint
+from pipeline.data.samples import Content, Dataset, PixelSamples, fingerprint
 
 SIZES = 1437, 360
 
@@ -42,11 +42,8 @@ def digits(root: Path, seed: int, size: Annotated[int, Ge(4), Le(1024)] = 28) ->
 def _read() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return images, float32 [N, 8, 8] in 0..255, and labels for training, then those for validation."""
     # Imported here because it takes over a second, which runs on other data need not pay.
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise DataError(f"data.dataset=digits needs `pip install scikit-learn`: {error}") from error
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     stored = load_digits()
     images, labels = (stored.images * (255 / 16)).astype(np.float32), stored.target  # stored as 0..16

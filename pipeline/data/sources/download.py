@@ -136,10 +136,8 @@ class PublishedFiles:
             "run once with data.download=true on a machine that has a network and shares data.root",
             "set data.dataset to one that needs no download",
         )
-        problem = (
-            f"data.dataset={self.dataset}: {self.folder} lacks {', '.join(self.missing())} (or with .gz); {reason}."
-        )
-        return DataError("\n- ".join([f"{problem}\nWays out:", *ways_out]))
+        problem = f"{self.folder} lacks {', '.join(self.missing())} (or with .gz); {reason}"
+        return DataError("\n- ".join([f"data.dataset={self.dataset}: {problem}.\nWays out:", *ways_out]))
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
@@ -175,7 +173,7 @@ def fetch_archive(urls: Sequence[str], md5: str, folder: Path) -> None:
     try:
         for url in urls:
             try:
-                download_and_extract_archive(url, str(folder), filename=url.rsplit("/", 1)[-1], md5=md5)
+                download_and_extract_archive(url, folder, md5=md5)
                 return
             except (OSError, RuntimeError, EOFError, http.client.HTTPException, zlib.error) as error:
                 failures.append(f"{url}: {error}")

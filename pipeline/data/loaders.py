@@ -1,20 +1,52 @@
-"""A split that stays in host memory: DataLoader workers gather batches ahead."""
+"""Loaders: a split that lies on the device, or in host memory with workers that gather batches ahead."""
 
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from pipeline.base.signals import SIGNALS
 from pipeline.base.timing import PhaseTimer
 from pipeline.data.augment import Gathered
-from pipeline.data.inputs import Batch, Prepare
-from pipeline.data.order import Order
-from pipeline.data.resident import Gather
+from pipeline.data.inputs import Prepare
+from pipeline.data.order import Batch, Order
+
+
+class Gather(nn.Module, Dataset[Gathered]):
+    """Gathers samples by their indices: a whole micro-batch at a time, no Python work per sample."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __init__(self, pixels: Tensor, labels: Tensor):
+        super().__init__()
+        self.register_buffer("pixels", pixels, persistent=False)
+        self.register_buffer("labels", labels, persistent=False)
+
+    def forward(self, indices: Tensor) -> Gathered:
+        # on CPU five times as fast as indexing with a tensor
+        return self.pixels.index_select(0, indices), self.labels.index_select(0, indices), indices
+
+    def __getitem__(self, indices: Tensor) -> Gathered:
+        return self.forward(indices)
+
+
+@dataclass
+class ResidentLoader:
+    """Yields micro-batches of indices into a split that lies on the device; `prepare` begins with Gather."""
+
+    order: Order
+    prepare: Prepare
+
+    def batches(self, epoch: int, samples_seen: int = 0) -> Iterator[Batch]:
+        """Yield this rank's batches of `epoch` behind its first `samples_seen` samples (over all ranks)."""
+        self.prepare.set_epoch(epoch)
+        # one copy an epoch: a copy a step would be a launch and a synchronisation each
+        yield from self.order.steps(epoch, samples_seen, self.prepare.device)
 
 
 class StreamedLoader:
@@ -51,13 +83,11 @@ class StreamedLoader:
             fetched = iter(self._loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        coming: tuple[Batch, torch.cuda.Event | None] | None = None
-        for step in steps:
-            ready, coming = coming, self._fetch(step, fetched)
-            if ready is not None:
-                yield self._take(*ready)
-        if coming is not None:
-            yield self._take(*coming)
+        fetches = (self._fetch(step, fetched) for step in steps)
+        coming = next(fetches, None)
+        while coming:
+            ready, coming = coming, next(fetches, None)
+            yield self._take(*ready)
 
     def _fetch(self, step: Batch, fetched: Iterator[Gathered]) -> tuple[Batch, torch.cuda.Event | None]:
         """Return the batch, and the event of its arrival on a GPU."""
@@ -79,6 +109,9 @@ class StreamedLoader:
             for tensor in (tensor for tensors in batch.micro_batches for tensor in tensors):
                 tensor.record_stream(computing)  # or its memory would be given to the next copy too early
         return batch
+
+
+Loader = ResidentLoader | StreamedLoader
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
