@@ -198,7 +198,7 @@ def train_over_nccl(rank: Rank, way: str, *, compress: bool, num_steps: int = 10
     stream = new_stream(rank.device) if way == "captured" else None
     images = torch.zeros(1, 1, 28, 28, device=rank.device)
     ddp = DDPReplicas(trainer.model, replace(rank, backend="nccl"), trainer.timer, images, 1, compress, stream)
-    parts = replace(trainer.step._parts, replicas=ddp)
+    parts = replace(trainer.step.parts, replicas=ddp)
     trainer.step = EagerStep(parts) if stream is None else CapturedStep(parts, 64)
     trainer.step.prepare()
     trainer.train_epoch()

@@ -63,7 +63,7 @@ def _check_train(config: Config) -> Iterator[Problem]:
         reason = f"its result depends on which virtual ranks a rank computes; accepted with train.reproducible: {way}"
         yield _refuse(config, reason, key, "train.reproducible")
     if train.reproducible and train.accumulate > 1:
-        reason = "a reproducible step computes its virtual ranks one after another; use 1 and more of them"
+        reason = "a reproducible step computes one virtual rank at a time; use 1; more virtual ranks need less memory"
         yield _refuse(config, reason, "train.accumulate", "train.reproducible")
     if train.backend == "nccl" and train.device == "cpu":
         yield _refuse(config, "works on GPUs only; use gloo", "train.backend", "train.device")
@@ -98,7 +98,7 @@ def _check_tracking(config: Config) -> Iterator[Problem]:
 def _check_machine(config: Config, launch: Launch) -> Iterator[Problem]:
     train = config.train
     if train.reproducible and launch.world_size > train.virtual_ranks:
-        reason = f"fewer than the {launch.world_size} ranks; start fewer, or set more (which gives other bits)"
+        reason = f"fewer than the {launch.world_size} ranks of a reproducible training; start fewer ranks, or raise it"
         yield _refuse(config, reason, "train.virtual_ranks", "train.reproducible")
     try:
         device = choose_device(launch, train.device, train.backend)

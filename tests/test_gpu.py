@@ -176,7 +176,7 @@ def _change_by_short_batch(rank: Rank) -> tuple[torch.Tensor, torch.Tensor]:
     )
     trainer, _ = make_trainer(rank, config_of(*SYNTHETIC, *exact), 7)
     assert isinstance(trainer.step, CapturedStep)
-    trainer.step = CapturedStep(trainer.step._parts, batch_size=64)
+    trainer.step = CapturedStep(trainer.step.parts, batch_size=64)
     inputs = trainer.train_loader.prepare(torch.arange(7, device=rank.device))
     loss = torch.nn.functional.nll_loss(trainer.model(inputs.images), inputs.classes[0])
     reference = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trainer.model.parameters()))])
@@ -207,7 +207,7 @@ def _train_with_ddp(rank: Rank, compress: bool) -> tuple[torch.Tensor, torch.Ten
         images = torch.zeros(1, 1, 28, 28, device=rank.device)
         replicas = DDPReplicas(trainer.model, rank, trainer.timer, images, 1, compress, stream)
         assert ("bfloat16" in replicas.description) == compress
-        parts = replace(trainer.step._parts, replicas=replicas)
+        parts = replace(trainer.step.parts, replicas=replicas)
         trainer.step = CapturedStep(parts, 64) if captured else EagerStep(parts)
         set_total_steps(trainer, 5)
         trainer.step.prepare()

@@ -10,6 +10,7 @@ from pipeline.data.build import build_train_loader
 from pipeline.data.samples import Dataset
 from pipeline.learning.evaluation import build_evaluator
 from pipeline.learning.losses import LOSSES
+from pipeline.learning.optim import Schedule
 from pipeline.learning.update import Precision, build_update
 from pipeline.models.catalog import ModelSpec, build_model
 from pipeline.parallel.rank import Rank
@@ -33,22 +34,28 @@ def build_spec(config: Config, dataset: Dataset) -> ModelSpec:
     return ModelSpec(model.name, model.arguments, dataset.channels, dataset.image_size, len(dataset.classes))
 
 
+def build_schedule(config: Config, dataset: Dataset) -> Schedule:
+    steps_per_epoch = -(-len(dataset.train) // config.data.global_batch_size)
+    return Schedule(config.optim, steps_per_epoch, config.train.epochs * steps_per_epoch)
+
+
 def build_trainer(
     config: Config, rank: Rank, dataset: Dataset, output: RunOutput, stop: StopRequest, startup: StartupTimer
 ) -> Trainer:
     """Collective. Return a trainer whose model has the same weights on every rank."""
-    spec, settings = build_spec(config, dataset), config.train
+    spec, data, settings, seed = build_spec(config, dataset), config.data, config.train, config.run.seed
     execution = rank.run_on_main(lambda: choose_execution(config, rank, dataset))
     placement, capture = execution.placement, execution.is_captured
-    precision, timer = Precision(execution.precision, rank.device), build_timer(rank.device)
-    model = build_model(config, spec, rank.device, precision.weights_dtype)
-    update = build_update(config, dataset, model, precision, capture=capture)
-    loader = build_train_loader(config, dataset, rank, placement=placement, dtype=precision.weights_dtype, timer=timer)
-    evaluator_of = partial(build_evaluator, config, rank, dataset, model, precision, placement)
+    precision, timer, loss = Precision(execution.precision, rank.device), build_timer(rank.device), LOSSES[config.loss]
+    dtype = precision.weights_dtype
+    model = build_model(spec, settings, seed, rank.device, dtype)
+    update = build_update(model, build_schedule(config, dataset), precision, settings.clip_norm, capture=capture)
+    loader = build_train_loader(data, settings, seed, dataset, rank, placement=placement, dtype=dtype, timer=timer)
+    evaluator_of = partial(build_evaluator, data, model, loss, precision, rank, dataset, placement)
     image = loader.prepare.normalize(dataset.train.read(0)[None].to(rank.device))
     replicas = build_replicas(settings, model, rank, timer, image, compress=execution.compress, capture=capture)
     output.execution(execution.reasons | {"gradients": replicas.description})
-    parts = StepParts(replicas, loader.prepare, LOSSES[config.loss], update, precision, rank, timer, config.run.seed)
+    parts = StepParts(replicas, loader.prepare, loss, update, precision, rank, timer, seed)
     display = build_display(rank, settings.epochs, len(dataset.train), update.schedule.total_steps)
     return Trainer(
         config=settings,
@@ -69,7 +76,6 @@ def build_trainer(
         startup=startup,
         profiler=Profiler(settings.profile if rank.is_main else 0),
         identity=RunIdentity(output.run_id, config.flat(), dataset.digest, asdict(spec)),
-        waits_in_backward=replicas.waits_in_backward,
     )
 
 

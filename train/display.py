@@ -20,22 +20,22 @@ class Display:
     """The display of a training. This one shows nothing: all ranks but the first have it."""
 
     def begin_epoch(self, epoch: int, samples_seen: int) -> None:
-        pass
+        """Show that an epoch begins, or goes on behind `samples_seen` samples."""
 
     def advance(self, count: int) -> None:
-        pass
+        """Show that a step has trained `count` more samples."""
 
     def record(self, step: int, metrics: Mapping[str, float], straggler: Straggler | None) -> None:
-        pass
+        """Show a record, and the rank that the others wait for."""
 
     def end_epoch(self) -> None:
-        pass
+        """Show that the steps of an epoch are over."""
 
     def evaluated(self, epoch: int, evaluation: Evaluation, seconds: float) -> None:
-        pass
+        """Show an evaluation, and how long it took."""
 
     def saved(self, step: int, seconds: float) -> None:
-        pass
+        """Show that a checkpoint was saved, and how long it took."""
 
 
 class LineDisplay(Display):

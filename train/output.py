@@ -28,25 +28,26 @@ class RunOutput:
     """The output of a training. This one writes nothing: all ranks but the first have it."""
 
     run_id = ""
-    """Of the run, on rank 0."""
+    """MLflow finds the run by it; rank 0 alone knows it."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        pass
+        """Record values at an optimizer step."""
 
     def save_checkpoint(self, state: TrainingState, value: float | None) -> None:
-        pass
+        """Save all that a resume needs. `value` is the evaluation at this step, if there was one."""
 
     def save_best(self, weights: Mapping[str, Tensor]) -> bool:
+        """Save the weights of the best evaluation so far; return False if they could not be written."""
         return True
 
     def predictions(self, evaluator: Evaluator, step: int) -> None:
-        pass
+        """Record some predictions of the last evaluation."""
 
     def save_trace(self, write: Callable[[str], object]) -> None:
-        pass
+        """Save the profiler's trace, which `write(path)` writes."""
 
     def execution(self, reasons: Mapping[str, str]) -> None:
-        pass
+        """Record what was chosen by rule, and why."""
 
 
 @dataclass
@@ -80,7 +81,8 @@ class FolderOutput(RunOutput):
             self.journal.sync()  # first: points before a checkpoint are not recorded again
             self.checkpoints.save(state, value)
         except OSError as error:
-            self._report_failed_save("CHECKPOINT", position.global_step, error)
+            left = "there is none yet" if self.saved_step is None else f"the last one is of step {self.saved_step:,}"
+            self._report_failed_save(f"CHECKPOINT COULD BE WRITTEN at step {position.global_step:,}", error, left)
             return
         self.saved_step = position.global_step
         with suppress(OSError):  # the disk may be full by now; the checkpoint counts
@@ -91,16 +93,16 @@ class FolderOutput(RunOutput):
         try:
             self.bundle.save("best", weights)
         except OSError as error:
-            self._report_failed_save(f"model/{self.bundle.path('best').name}", None, error)
+            name = f"model/{self.bundle.path('best').name}"
+            self._report_failed_save(f"{name} COULD BE WRITTEN", error, "with the best weights of before")
             return False
         return True
 
-    def _report_failed_save(self, what: str, step: int | None, error: OSError) -> None:
+    def _report_failed_save(self, what: str, error: OSError, left: str) -> None:
+        """Log what could not be written and what is there, count it, and record the count; the training goes on."""
         self.num_failed_saves += 1
-        where = f" at step {step:,}" if step is not None else ""
-        last = f"the last one is of step {self.saved_step:,}" if self.saved_step is not None else "there is none yet"
-        logger.error("NO %s COULD BE WRITTEN%s: %s; the training goes on, %s", what, where, error, last)
-        self.tags({"failed_saves": f"{self.num_failed_saves}, the last{where}: {error}"})
+        logger.error("NO %s: %s; the training goes on, %s", what, error, left)
+        self.tags({"failed_saves": f"{self.num_failed_saves}, the last: NO {what}: {error}"})
 
     def predictions(self, evaluator: Evaluator, step: int) -> None:
         """Record the predictions for the first validation images, a snapshot of the training."""

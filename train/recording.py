@@ -58,7 +58,7 @@ class Recording:
         milliseconds = torch.zeros(self._rank.world_size, len(times.milliseconds), dtype=torch.float64)
         milliseconds[self._rank.rank] = torch.tensor(times.milliseconds, dtype=torch.float64)
         on_device = milliseconds.flatten().to(self._sums.device, non_blocking=True)
-        skipped = self._update.take_skipped() * self._rank.is_main
+        skipped = self._update.pop_skipped() * self._rank.is_main
         pending = self._rank.reduce_sum_later(torch.cat((self._sums, skipped, on_device)))
         others = {"train/lr": self._update.lr, "perf/images_per_second": rate}
         self._pending = partial(self._write, step, pending, self._num_samples, others)

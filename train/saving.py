@@ -1,6 +1,7 @@
-"""When the training is saved between evaluations: at steps, by the clock, and on request."""
+"""When the training is saved: at steps, by the clock and on request; and how long that took."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipeline.base.signals import StopRequest
@@ -33,12 +34,13 @@ class Saving:
         is_time = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         return self.rank.is_main and (is_time or self.stop.wants_save)
 
-    def save(self, state: TrainingState, value: float | None) -> None:
-        """Save a checkpoint. `value` is the evaluation at this step, if there was one."""
-        started, step = time.perf_counter(), state.position.global_step
+    def save(self, collect: Callable[[], TrainingState], value: float | None) -> None:
+        """Collective. Save what `collect` returns. `value` is the evaluation at this step, if there was one."""
+        started = time.perf_counter()
         self.stop.wants_save = False  # a request from here on asks for another one
+        state = collect()
         self.output.save_checkpoint(state, value)
         seconds = time.perf_counter() - started
         self._saved_at = time.monotonic()
-        self.output.metrics({"time/save_seconds": seconds}, step)
-        self.display.saved(step, seconds)
+        self.output.metrics({"time/save_seconds": seconds}, state.position.global_step)
+        self.display.saved(state.position.global_step, seconds)

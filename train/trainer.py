@@ -46,8 +46,6 @@ class Trainer:
     startup: StartupTimer
     profiler: Profiler
     identity: RunIdentity
-    waits_in_backward: bool = False
-    """Whether `backward()` waits for the gradients of other ranks."""
     test_evaluator: Evaluator | None = None
     position: Position = field(default_factory=Position)
     best: Best | None = None
@@ -64,11 +62,10 @@ class Trainer:
         gc.unfreeze()
         self.profiler.close(self.output)
         if is_finished and self.last_evaluation is None:  # resumed behind the last epoch
-            self.last_evaluation = self.evaluator.evaluate(self.after_evaluation_batch)
+            self.last_evaluation = self.run_evaluation(self.evaluator)
         return "finished" if is_finished and self.last_evaluation else "preempted"
 
     def _train_epochs(self) -> bool:
-        """Collective. Return False if a request to stop interrupted it."""
         while self.position.epoch < self.config.epochs:
             if not self.train_epoch() or not self.evaluate():
                 self.save()
@@ -126,13 +123,11 @@ class Trainer:
         Returns False if a request to stop interrupted it: then it is done when the training is resumed.
         """
         started = time.perf_counter()
-        self.agreement.restart()
-        evaluation = self.last_evaluation = self.evaluator.evaluate(self.after_evaluation_batch)
+        evaluation = self.last_evaluation = self.run_evaluation(self.evaluator)
         if evaluation is None:
             return False
-        seconds = time.perf_counter() - started
+        self.recording.evaluated(self.position, self.evaluator, evaluation, time.perf_counter() - started)
         self.timer.start()  # it belongs to no step
-        self.recording.evaluated(self.position, self.evaluator, evaluation, seconds)
         value = evaluation.metrics[self.saving.config.metric]
         is_best = self.best is None or is_better(self.saving.config.metric, value, self.best.value)
         if is_best and self.output.save_best(self.model.state_dict()):  # else the best before it stays
@@ -145,7 +140,12 @@ class Trainer:
         """Tell the watchdog that the training advances."""
         self.heartbeats += 1
 
-    def after_evaluation_batch(self) -> bool:
+    def run_evaluation(self, evaluator: Evaluator) -> Evaluation | None:
+        """Collective. Return None if a request to stop interrupted it."""
+        self.agreement.restart()
+        return evaluator.evaluate(self._after_evaluation_batch)
+
+    def _after_evaluation_batch(self) -> bool:
         """Collective. Return whether all are to stop."""
         self.heartbeat()
         return self.agreement.after_step(stop=bool(self.stop)).stop
@@ -154,7 +154,7 @@ class Trainer:
         """Collective. Save a checkpoint. `value` is the evaluation at this step, if there was one."""
         self.recording.finish()  # what is recorded up to a checkpoint stands before it
         self.timer.lap("other")
-        self.saving.save(self.state(), value)
+        self.saving.save(self.state, value)
         self.heartbeat()
         self.timer.start()
 

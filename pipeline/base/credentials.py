@@ -7,7 +7,7 @@ SECRET = "(?:password|passwd|token|secret|api_?key|access_?key)"
 
 
 def without_credentials(text: str) -> str:
-    """Return a text without users and passwords of URIs, and values of settings and variables called as in SECRET."""
+    """Return a text without users and passwords of URIs, and values of settings and variables with such names."""
     # a password may hold what ends a host name, as database drivers read it: then it goes up to the last @
     text = re.sub(r"(?<=//)(?:[^/?#\s]*|[^/?#@:\s]*:(?!\d+[/?#])[^\s'\"]*)@", "", text)
     text = re.sub(rf"(?i)\b(\w*{SECRET}\w*)=('[^']*'|\"[^\"]*\"|[^&\s]+)", r"\1=***", text)

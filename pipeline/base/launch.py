@@ -38,7 +38,8 @@ class Launch:
             _check_world(1, environment)
             return cls(num_cores=num_cores, is_requeued=is_requeued)
         if missing := [name for name in (*NUMBERS, "MASTER_ADDR", "MASTER_PORT") if name not in environment]:
-            raise ValueError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
+            names = ", ".join(missing)
+            raise ValueError(f"RANK is set, but not {names}: start with torchrun, or unset RANK for a single process")
         run_id = environment.get("TORCHELASTIC_RUN_ID")
         if run_id == "none":  # torchrun's default: then the agent, which outlives its workers, stands for the job
             run_id = f"{socket.gethostname()}-{os.getppid()}-{start_ticks(os.getppid())}"
@@ -87,7 +88,8 @@ def _check_world(world_size: int, environment: Mapping[str, str]) -> None:
         )
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and "RANK" not in environment:
-        raise ValueError(f"srun started {tasks} processes, not torchrun once on each node as slurm/train.sbatch does")
+        way = "start torchrun once on each node, as slurm/train.sbatch does"
+        raise ValueError(f"srun started {tasks} processes: {way}")
 
 
 def start_ticks(pid: int) -> int:

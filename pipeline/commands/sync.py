@@ -70,7 +70,7 @@ def sync_run(folder: RunFolder, uri: str | None, *, only_if_left: bool) -> tuple
     succeeded, counts = publish(folder, uri, lambda: False)
     where = without_credentials(uri)
     what = "published" if counts else "already published"
-    outcome = f"{what} to {where}" if succeeded else f"NOT all published to {where} (--uri names another server)"
+    outcome = f"{what} to {where}" if succeeded else f"NOT all published to {where} (the lines above say why)"
     mlflow_id = str(Progress(folder, uri).get("mlflow_run_id") or "")
     return {"MLflow run": mlflow_id, **{c: f"{counts[c]:,}" for c in COLUMNS}, "outcome": outcome}, succeeded
 

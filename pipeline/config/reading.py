@@ -188,7 +188,7 @@ def _suggest_form(argument: str) -> str:
 
 
 def describe_unknown(key: str) -> str:
-    """Return what to write instead of a key that does not exist."""
+    """Return what a message on an unknown key ends with: its new name, the keys of its section, or the nearest key."""
     if key in SECTIONS:
         return f"is a section; accepted: {', '.join(known for known in FIELDS if known.startswith(f'{key}.'))}"
     return f"is now {OLD_KEYS[key]}" if key in OLD_KEYS else f"unknown key; {_nearest(key)}"

@@ -39,12 +39,12 @@ class Augment(nn.Module):
     def forward(self, batch: Gathered) -> Gathered:
         images, labels, indices = batch
         height, width = images.shape[-2:]
-        draws = scramble(indices * 4 + self.key)
+        draws = hash_bits(indices * 4 + self.key)
         offsets = 2 * self._crop + 1
         rows = torch.arange(height, device=images.device) + (draws % offsets)[:, None]
         columns = torch.arange(width, device=images.device).expand(len(images), -1)
         if self._flip:
-            mirrored = (scramble(draws) & 1).bool()[:, None]
+            mirrored = (hash_bits(draws) & 1).bool()[:, None]
             columns = torch.where(mirrored, columns.flip(1), columns)
         columns = columns + (draws // offsets % offsets)[:, None]
         padded = F.pad(images, (self._crop,) * 4)
@@ -54,7 +54,7 @@ class Augment(nn.Module):
         return cropped.permute(0, 3, 1, 2), labels, indices
 
 
-def scramble(numbers: Tensor) -> Tensor:
+def hash_bits(numbers: Tensor) -> Tensor:
     """Return int64 in 0..2^31-1 that look random, for neighbours too: two rounds of multiply and shift.
 
     The multipliers are those of Wellons' lowbias32 (nullprogram.com/blog/2018/07/31).

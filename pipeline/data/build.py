@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from pipeline.base.timing import PhaseTimer
 from pipeline.config.arguments import convert_arguments
-from pipeline.config.schema import Config, DataConfig
+from pipeline.config.schema import DataConfig, TrainConfig
 from pipeline.data.augment import Augment
 from pipeline.data.catalog import source
 from pipeline.data.inputs import Prepare
@@ -21,7 +21,7 @@ from pipeline.data.loaders import Gather, Loader, ResidentLoader, StreamedLoader
 from pipeline.data.order import Blocks, Order
 from pipeline.data.packed import share_on_node
 from pipeline.data.samples import Content, DataError, Dataset, PixelSamples, Samples, fingerprint
-from pipeline.models.networks import Normalize
+from pipeline.models.normalize import Normalize
 from pipeline.parallel.rank import Rank
 
 MIN_BLOCKS = 8
@@ -64,23 +64,30 @@ def num_bytes(dataset: Dataset) -> int:
 
 
 def build_train_loader(
-    config: Config, dataset: Dataset, rank: Rank, *, placement: str, dtype: torch.dtype, timer: PhaseTimer
+    config: DataConfig,
+    train: TrainConfig,
+    seed: int,
+    dataset: Dataset,
+    rank: Rank,
+    *,
+    placement: str,
+    dtype: torch.dtype,
+    timer: PhaseTimer,
 ) -> Loader:
     """Return a loader of the training samples. `placement` is `device` or `workers`, `dtype` that of the images."""
-    data, train, seed = config.data, config.train, config.run.seed
     order = Order(
         len(dataset.train),
-        global_batch_size=data.global_batch_size,
+        global_batch_size=config.global_batch_size,
         world_size=rank.world_size,
         rank=rank.rank,
         accumulate=train.accumulate,
         virtual_ranks=train.virtual_ranks if train.reproducible else None,
         seed=seed,
     )
-    given = convert_arguments(Augment, data.augment, ("seed", "device"))
+    given = convert_arguments(Augment, config.augment, ("seed", "device"))
     augment = Augment(seed=seed, device=rank.device, **given) if any(given.values()) else nn.Identity()
     normalize = Normalize(dataset.mean, dataset.std, dtype).to(rank.device)
-    return _build_loader(dataset.train, order, augment, normalize, placement, data.workers, timer)
+    return _build_loader(dataset.train, order, augment, normalize, placement, config.workers, timer)
 
 
 def build_eval_loader(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.augment import Augment
-from pipeline.models.networks import Normalize
+from pipeline.models.normalize import Normalize
 
 
 @dataclass(frozen=True)

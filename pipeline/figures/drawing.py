@@ -171,8 +171,9 @@ def _new_figure(width: float, height: float, title: str, note: str = "") -> Figu
 
 
 def _save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, on a page that holds what stands around the axes too; return `path`."""
     FigureCanvasAgg(figure)
-    # The page grows to hold what stands around the axes; bbox_inches="tight" would draw all twice for it.
+    # bbox_inches="tight" would draw all twice for it
     page = figure.get_tightbbox().padded(0.15)
     write_atomically(path, lambda file: figure.savefig(file, format="png", bbox_inches=page))
     return path

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.base.timing import build_timer
-from pipeline.config import Config
+from pipeline.config.schema import DataConfig
 from pipeline.data.build import build_eval_loader
 from pipeline.data.loaders import Loader
 from pipeline.data.samples import Dataset, Samples
-from pipeline.learning.losses import LOSSES, Loss
+from pipeline.learning.losses import Loss
 from pipeline.learning.metrics import Evaluation, EvaluationMeter
 from pipeline.learning.update import Precision
 from pipeline.parallel.rank import Rank
@@ -80,16 +80,17 @@ class Evaluator:
 
 
 def build_evaluator(
-    config: Config,
+    config: DataConfig,
+    model: nn.Module,
+    loss: Loss,
+    precision: Precision,
     rank: Rank,
     dataset: Dataset,
-    model: nn.Module,
-    precision: Precision,
     placement: str,
     samples: Samples,
 ) -> Evaluator:
-    """Return what evaluates `model` on `samples`, a split of the dataset."""
+    """Return what evaluates `model` on `samples`, a split of the dataset. `placement` is `device` or `workers`."""
     timer = build_timer(rank.device)  # an evaluation belongs to no step
     dtype = precision.weights_dtype
-    loader = build_eval_loader(config.data, dataset, samples, rank, placement=placement, dtype=dtype, timer=timer)
-    return Evaluator(model, loader, LOSSES[config.loss], precision, rank, len(dataset.classes))
+    loader = build_eval_loader(config, dataset, samples, rank, placement=placement, dtype=dtype, timer=timer)
+    return Evaluator(model, loader, loss, precision, rank, len(dataset.classes))

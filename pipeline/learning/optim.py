@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import optim
 
-from pipeline.config.schema import Config, OptimConfig
-from pipeline.data.samples import Dataset
+from pipeline.config.schema import OptimConfig
 
 
 def build_optimizer(
@@ -88,11 +87,6 @@ class Schedule:
         if step < peak:
             return _cosine(1 / 25, 1.0, step / peak)
         return _cosine(1.0, 1 / 25e4, (step - peak) / max(1, self.total_steps - 1 - peak))
-
-
-def build_schedule(config: Config, dataset: Dataset) -> Schedule:
-    steps_per_epoch = -(-len(dataset.train) // config.data.global_batch_size)
-    return Schedule(config.optim, steps_per_epoch, config.train.epochs * steps_per_epoch)
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

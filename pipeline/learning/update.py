@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.config.schema import Config
-from pipeline.data.samples import Dataset
-from pipeline.learning.optim import Schedule, build_optimizer, build_schedule
+from pipeline.learning.optim import Schedule, build_optimizer
 
 
 class Precision:
@@ -56,10 +54,10 @@ class Update:
         self.lr = 0.0
         """The learning rate of the first parameter group in this step."""
         self.skipped = torch.zeros(3, dtype=torch.float64, device=self.parameters[0].device)
-        """Steps skipped in all, in the current run of skipped steps, in the longest run since `take_skipped`."""
+        """Steps skipped in all, in the current run of skipped steps, in the longest run since `pop_skipped`."""
 
     def set_step(self, step: int) -> None:
-        """Set the learning rate of each group for the optimizer step `step`, counted from 0."""
+        """Set the learning rate of each parameter group from the schedule, for optimizer step `step` from 0 on."""
         self.scale_lr(self.schedule.factor(step))
 
     def scale_lr(self, factor: float) -> None:
@@ -97,7 +95,7 @@ class Update:
             _step_if(is_finite, self.optimizer, gradients)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def take_skipped(self) -> Tensor:
+    def pop_skipped(self) -> Tensor:
         """Return float64 [2] on the device: steps skipped in all, and the longest run of them since the last call."""
         taken = self.skipped[::2].clone()
         self.skipped[2] = self.skipped[1]
@@ -120,12 +118,14 @@ class Update:
         self.skipped.copy_(torch.tensor([state["skipped"], 0.0, 0.0]))
 
 
-def build_update(config: Config, dataset: Dataset, model: nn.Module, precision: Precision, *, capture: bool) -> Update:
+def build_update(
+    model: nn.Module, schedule: Schedule, precision: Precision, clip_norm: float | None, *, capture: bool
+) -> Update:
     """Return the update of the model's weights. With `capture` it can be captured in a CUDA graph."""
     parameters = list(model.parameters())
     capture_on = parameters[0].device if capture else None
-    optimizer = build_optimizer(config.optim, [{"params": parameters}], capture_on=capture_on)
-    return Update(optimizer, build_schedule(config, dataset), precision, config.train.clip_norm)
+    optimizer = build_optimizer(schedule.config, [{"params": parameters}], capture_on=capture_on)
+    return Update(optimizer, schedule, precision, clip_norm)
 
 
 def _step_if(is_finite: Tensor, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.base.files import write_atomically
 from pipeline.models.catalog import MODELS, ModelSpec, builder
-from pipeline.models.networks import Normalize
+from pipeline.models.normalize import Normalize
 
 FORMAT = 1
 CONTENT = "model.json"
@@ -117,8 +117,9 @@ class Bundle:
         try:
             model = self.spec.build()
             model.load_state_dict(weights)
-        except (ValueError, RuntimeError) as error:
-            raise BundleError(f"{self.path(which)} does not fit {self.folder / CONTENT}: {error}") from error
+        except Exception as error:  # the builder may be anybody's
+            problem = f"{type(error).__name__}: {error}"
+            raise BundleError(f"{self.path(which)} does not fit {self.folder / CONTENT}: {problem}") from error
         return nn.Sequential(Normalize(self.mean, self.std), model).eval()
 
 

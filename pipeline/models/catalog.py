@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.base.seeding import stream_seed
 from pipeline.config.arguments import convert_arguments, resolve
-from pipeline.config.schema import Config
+from pipeline.config.schema import TrainConfig
 from pipeline.models import networks
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
@@ -57,13 +57,13 @@ class ModelSpec:
         return build(**sizes, **convert_arguments(build, self.arguments, sizes))
 
 
-def build_model(config: Config, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def build_model(spec: ModelSpec, config: TrainConfig, seed: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return the model to be trained, with the same initial weights on every rank, by the seed."""
-    torch.manual_seed(stream_seed(config.run.seed, "weights"))
+    torch.manual_seed(stream_seed(seed, "weights"))
     model = spec.build().to(device, dtype)
-    if config.train.channels_last:
+    if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if config.train.compile:
+    if config.compile:
         model.compile()
     return model
 

@@ -1,4 +1,4 @@
-"""The networks of the tutorials this project grew from, as plain sequences of named layers, and what they are fed by.
+"""The networks of the tutorials this project grew from, as plain sequences of named layers.
 
 Each builder takes the channels, the side in pixels and the classes of the dataset. It raises ValueError where no pixel
 would be left for the linear layers. Where a tutorial has a ReLU and then a pool, the pool comes first here: values and
@@ -6,31 +6,13 @@ gradients are the same, since the largest of four stays the largest, for a quart
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Annotated
 
-import torch
 from annotated_types import Ge, Lt
-from torch import Tensor, nn
+from torch import nn
 
 Dropout = Annotated[float, Ge(0), Lt(1)]
 """Probability of an element, or a channel, to be dropped."""
-
-
-class Normalize(nn.Module):
-    """uint8 (or float) pixels in 0..255 -> (pixel / 255 - mean) / std in `dtype`, channel by channel."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, mean: Iterable[float], std: Iterable[float], dtype: torch.dtype = torch.float32):
-        super().__init__()
-        mean_, std_ = (torch.tensor(list(v), dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
-        self.register_buffer("scale", (1 / (255 * std_)).to(dtype))
-        self.register_buffer("shift", (-mean_ / std_).to(dtype))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels.to(self.scale.dtype) * self.scale).add_(self.shift)
 
 
 def convnet(

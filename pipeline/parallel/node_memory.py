@@ -49,9 +49,9 @@ class NodeMemory:
         """
         is_main = 0 not in self._peers
         try:
-            for hears in (is_main, not is_main):  # rank 0 hears all others, then tells them
+            for receives in (is_main, not is_main):  # rank 0 receives from all others, then sends to them
                 for other, peer in self._peers.items():
-                    _exchange(other, peer, hears=hears)
+                    _exchange(other, peer, receives=receives)
         except RuntimeError:
             self.close()
             raise
@@ -61,9 +61,10 @@ class NodeMemory:
             peer.close()
 
 
-def _exchange(other: int, peer: socket.socket, *, hears: bool) -> None:
+def _exchange(other: int, peer: socket.socket, *, receives: bool) -> None:
+    """Send or receive one byte."""
     try:
-        if not hears:
+        if not receives:
             peer.sendall(b".")
         elif not peer.recv(1):
             raise ConnectionError

@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 T = TypeVar("T")
 LONG_TIMEOUT = timedelta(hours=12)
@@ -112,11 +111,25 @@ class Rank:
         """Collective. Return rank 0's `state`, nested dicts and lists of tensors and plain values, with its tensors on
         the CPU. `state` of the other ranks is ignored."""
         # of the same strides, which fused optimizers rely on
-        skeleton = self.run_on_main(lambda: tree_map_only(Tensor, partial(torch.empty_like, device="meta"), state))
+        skeleton = self.run_on_main(lambda: _map_tensors(partial(torch.empty_like, device="meta"), state))
         if not self.is_main:
-            state = tree_map_only(Tensor, partial(torch.empty_like, device="cpu"), skeleton)
-        self.broadcast_tensors(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+            state = _map_tensors(partial(torch.empty_like, device="cpu"), skeleton)
+        tensors: list[Tensor] = []
+        _map_tensors(tensors.append, state)
+        self.broadcast_tensors(tensors)
         return cast(T, state)
+
+
+def _map_tensors(function: Callable[[Tensor], object], state: Any) -> Any:
+    """Return `state` with each of its tensors replaced by `function(tensor)`, in their order."""
+    match state:
+        case Tensor():
+            return function(state)
+        case dict():
+            return {key: _map_tensors(function, value) for key, value in state.items()}
+        case list():
+            return [_map_tensors(function, value) for value in state]
+    return state
 
 
 class PendingSum:
@@ -144,7 +157,10 @@ def share(count: int, index: int, parts: int) -> slice:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Return whether a collective failed because another rank is gone, which is a consequence and never the cause."""
+    """Return whether an error looks like a lost rank: any torch DistError, or a RuntimeError that names a connection.
+
+    It is a consequence then, and the cause is on the other rank.
+    """
     signs = ("connection closed by peer", "connection reset", "broken pipe", "connection refused", "socket closed")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)

@@ -15,7 +15,7 @@ from pipeline.base.timing import PhaseTimer
 from pipeline.config.schema import TrainConfig
 from pipeline.parallel.node_memory import NodeMemory, lay_out, num_bytes, open_node_memory
 from pipeline.parallel.rank import Rank, share
-from pipeline.parallel.start import CAUSE_FIRST
+from pipeline.parallel.start import WATCHDOG_FIRST
 
 
 class Replicas:
@@ -209,8 +209,7 @@ class DDPReplicas(Replicas):
 def _register_hook(model: DistributedDataParallel, timer: PhaseTimer, *, compress: bool, timed: bool) -> None:
     """Have DDP sum each bucket, sent as bfloat16 if `compress`; with a lap of `timer` at the last one if `timed`."""
 
-    # without annotations: DDP accepts none but its own private class
-    def hook(_, bucket):  # type: ignore[no-untyped-def]
+    def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         if bucket.is_last() and timed:
             timer.lap("backward")
         gradients = bucket.buffer()
@@ -238,7 +237,7 @@ def build_replicas(
     bfloat16 (NCCL only), with `capture` a step can be captured. `timer` gets a lap at the end of the backward pass's
     own work: what comes behind is communication that nothing hides.
     """
-    timeout = config.hang_timeout + CAUSE_FIRST
+    timeout = config.hang_timeout + WATCHDOG_FIRST
     rank.broadcast_tensors([*model.parameters(), *model.buffers()])
     if config.reproducible:
         return OrderedReplicas(model, rank, config.virtual_ranks, timeout)

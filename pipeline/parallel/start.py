@@ -18,7 +18,7 @@ from pipeline.base.launch import Launch
 from pipeline.config.schema import TrainConfig
 from pipeline.parallel.rank import Rank
 
-CAUSE_FIRST = 5.0
+WATCHDOG_FIRST = 5.0
 """Extra seconds that collectives wait, so that the hung rank's own watchdog speaks first."""
 
 
@@ -39,7 +39,7 @@ def start_rank(launch: Launch, config: TrainConfig, *, rendezvous: str = "env://
     backend = "none"
     if launch.world_size > 1:
         backend = config.backend if config.backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
-        _join_group(launch, backend, device, rendezvous, config.hang_timeout + CAUSE_FIRST)
+        _join_group(launch, backend, device, rendezvous, config.hang_timeout + WATCHDOG_FIRST)
     yield Rank(launch.rank, launch.local_rank, launch.world_size, launch.local_world_size, device, backend, threads)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """A run is a folder: its name, who may write in it, and what it says about the state of the run."""
 
+import errno
 import fcntl
 import json
 import os
@@ -95,17 +96,17 @@ def training_lock(folder: RunFolder, *, patience: float = 0.0) -> Iterator[None]
     with folder.lock.open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise RunError(
+                    f"{folder.path} cannot be locked against a second training ({error.strerror}): put run.dir on a "
+                    "filesystem that has POSIX locks"
+                ) from error
             file.seek(0)
             raise RunError(
                 f"run {folder.name} is being trained right now by {file.read().strip() or 'another process'}: wait "
                 "for it, stop it, or choose another run.name"
             ) from None
-        except OSError as error:
-            raise RunError(
-                f"{folder.path} cannot be locked against a second training ({error.strerror}): put run.dir on a "
-                "filesystem that has POSIX locks"
-            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -60,7 +60,7 @@ def _is_same_launch(known: str | None, launch: Launch) -> bool:
 
 
 def is_finished(status: Mapping[str, Any], config: Config) -> bool:
-    """Return whether nothing is left to train."""
+    """Return whether the run ended as finished, with its test evaluation, and train.epochs did not grow since."""
     return bool(status.get("state") == "finished" and status.get("epoch", 0) >= config.train.epochs)
 
 
@@ -106,13 +106,16 @@ def _forbidden(differences: list[tuple[str, Any, Any]], config: Config) -> list[
 
 def _read_config(folder: RunFolder) -> dict[str, Any]:
     try:
-        return dict(yaml.safe_load(folder.config.read_text()))
-    except (TypeError, ValueError, yaml.YAMLError) as error:  # TypeError: it holds no sections
+        content = yaml.safe_load(folder.config.read_text())
+    except (ValueError, yaml.YAMLError) as error:
         raise _damaged(folder, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(folder, "it holds no sections")
+    return content
 
 
-def _damaged(folder: RunFolder, error: Exception) -> RunError:
-    return RunError(f"{folder.config} is not a config of this version, mend it or choose another run.name: {error}")
+def _damaged(folder: RunFolder, reason: object) -> RunError:
+    return RunError(f"{folder.config} is not a config of this version, mend it or choose another run.name: {reason}")
 
 
 def _known(name: str, section: Any) -> Any:

@@ -82,7 +82,7 @@ class Publisher:
             if (path, offset) in self.failed_files:
                 continue
             try:
-                upload(run, record)
+                upload(run, record, offset)
             except MlflowException as error:
                 _pass_over(run, f"the {record['kind']} {record.get('path', '')}".strip(), error)
             except UploadError as error:

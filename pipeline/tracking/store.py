@@ -70,7 +70,7 @@ def find_or_create_run(
     The run is found by the id in its record, as a tag: creating is not idempotent. It starts when the training did,
     however late it is published.
     """
-    experiment_id, own_id = _find_or_create_experiment(client, uri, experiment), record["run_id"]
+    experiment_id, own_id = _create_or_find_experiment(client, uri, experiment), record["run_id"]
 
     def find() -> list[str]:
         return sorted(r.info.run_id for r in client.search_runs([experiment_id], f"tags.`{RUN_ID_TAG}` = '{own_id}'"))
@@ -85,8 +85,9 @@ def find_or_create_run(
     return kept, experiment_id
 
 
-def _find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
-    # one in an SQLite store has its artifacts beside the file, wherever a server is started; a server has its own place
+def _create_or_find_experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """Return the id of an experiment, made if there is none; in an SQLite store with its artifacts beside the file."""
+    # wherever a server is started for the file; a server has a place of its own
     database = _sqlite_path(uri)
     location = None if database is None else (database.parent / "mlartifacts").as_uri()
     try:

@@ -22,6 +22,8 @@ from pipeline.tracking.store import NOTE_TAG, MlflowRun
 
 KINDS_WITH_FILES = ("predictions", "evaluation", "model", "artifact", "status")
 TAG_LENGTH = 8000
+_NOT_PUBLISHED = "the model is not published"
+_WAYS_OUT = "mend that and sync again, or remove the folder model/ to publish the run without it"
 RECIPE = "data.dataset model.name loss optim.name optim.lr optim.schedule data.global_batch_size train.epochs run.seed"
 
 
@@ -29,15 +31,18 @@ class UploadError(Exception):
     """A file that the run folder lacks, or that cannot be read, is not published; a later sync tries again."""
 
 
-def upload(run: MlflowRun, record: Record) -> None:
-    """Upload the files that come with a record; may be repeated. Raises UploadError, or what MLflow raises."""
+def upload(run: MlflowRun, record: Record, offset: int) -> None:
+    """Upload the files that come with the record at `offset` of the journal; may be repeated.
+
+    Raises UploadError, or what MLflow raises.
+    """
     match record["kind"]:
         case "predictions":
             _log_snapshot(run, record)
         case "evaluation":
             _log_figures(run, draw_evaluation, record)
         case "model":
-            _log_model(run, record)
+            _log_model(run, record, offset)
         case "artifact":
             _log_file(run, run.folder.path / record["path"], str(Path(record["path"]).parent))
         case "status" if record["state"] == "running":  # each attempt may have other settings
@@ -84,22 +89,25 @@ def _log_snapshot(run: MlflowRun, record: PredictionsRecord) -> None:
         run.counts["files"] += 1
 
 
-def _log_model(run: MlflowRun, record: ModelRecord) -> None:
+def _log_model(run: MlflowRun, record: ModelRecord, offset: int) -> None:
     """Log the model of a training that has ended, unless a later training has replaced it."""
     from pipeline.models.bundle import TRUST_VARIABLE, Bundle, BundleError  # imports torch: 3 s, which not all need
 
     weights = run.folder.path / record["path"]
+    if not weights.parent.is_dir():
+        logger.warning("%s was removed: the model is not logged", weights.parent)
+        return
     if not weights.is_file() or sha256(weights.read_bytes()).hexdigest() != record["sha256"]:
-        if _was_resumed(run, record):
+        if _was_resumed(run, offset):
             logger.info("%s of step %d was replaced by a later training", record["path"], record["step"])
             return
         what = "is not as it was written" if weights.is_file() else "is gone"
-        raise UploadError(f"the model is not published: {weights} {what}; put it back, and sync again")
+        raise UploadError(f"{_NOT_PUBLISHED}: {weights} {what}; {_WAYS_OUT}")
     try:
         bundle = Bundle.open(weights.parent, record.get("description"))
         model = bundle.load(weights.stem, own_code=os.environ.get(TRUST_VARIABLE) == "1")
     except BundleError as error:
-        raise UploadError(f"the model is not published: {error}") from error
+        raise UploadError(f"{_NOT_PUBLISHED}: {error}; {_WAYS_OUT}") from error
     try:
         _log_figures(run, draw_filters, model)
         model_id = log_model(run, record, bundle.spec, model)
@@ -116,11 +124,10 @@ def _log_model(run: MlflowRun, record: ModelRecord) -> None:
         logger.warning("the model cannot be logged, its weights are in %s: %s", record["path"], error)
 
 
-def _was_resumed(run: MlflowRun, record: ModelRecord) -> bool:
-    """Return whether the run was trained on after the training that left this model."""
-    records = [each for each, _ in iterate(run.folder.journal, kinds=("model", "status"))]
-    later = records[records.index(record) :]
-    return any(each["kind"] == "status" and each["state"] == "running" for each in later)
+def _was_resumed(run: MlflowRun, offset: int) -> bool:
+    """Return whether the run was trained on after what is recorded at `offset` of its journal."""
+    later = (record for record, _ in iterate(run.folder.journal, offset, kinds=("status",)))
+    return any(record["kind"] == "status" and record["state"] == "running" for record in later)
 
 
 def _description(run: MlflowRun) -> str:

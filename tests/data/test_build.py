@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.base.timing import PhaseTimer
-from pipeline.config.schema import Config, DataConfig, TrainConfig
+from pipeline.config.schema import DataConfig, TrainConfig
 from pipeline.data import build
 from pipeline.data.augment import Augment
 from pipeline.data.build import build_eval_loader, build_train_loader, num_bytes
@@ -133,15 +133,18 @@ def test_all_splits_count_for_the_room_on_the_device() -> None:
     assert num_bytes(loaded(small(test_size=5))) == (20 + 10 + 5) * 2 * 6 * 6
 
 
+HOW: dict[str, Any] = {"placement": "device", "dtype": torch.float32, "timer": PhaseTimer()}
+
+
 def test_loaders_are_built_as_the_config_says() -> None:
     dataset = loaded(small())
     data = DataConfig(global_batch_size=8, augment={"crop": "2"}, workers=0, eval_batch_size=4)
-    config = Config(data=data, train=TrainConfig(accumulate=2))
+    train = TrainConfig(accumulate=2)
     kinds = {"device": ResidentLoader, "workers": StreamedLoader}
     for placement, kind in kinds.items():
         how: dict[str, Any] = {"placement": placement, "dtype": torch.float64, "timer": PhaseTimer()}
-        training = build_train_loader(config, dataset, ALONE, **how)
-        evaluating = build_eval_loader(config.data, dataset, dataset.validation, ALONE, **how)
+        training = build_train_loader(data, train, 0, dataset, ALONE, **how)
+        evaluating = build_eval_loader(data, dataset, dataset.validation, ALONE, **how)
         assert type(training) is type(evaluating) is kind
         assert isinstance(training.prepare.augment, Augment)
         assert not isinstance(evaluating.prepare.augment, Augment)
@@ -155,17 +158,12 @@ def test_loaders_are_built_as_the_config_says() -> None:
 
 @pytest.mark.parametrize("augment", [{}, {"crop": 0}, {"crop": 0, "flip": False}])
 def test_nothing_is_augmented_where_nothing_would_change(augment: dict[str, int]) -> None:
-    config = Config(data=DataConfig(augment=augment))
-    loader = build_train_loader(
-        config, loaded(small()), ALONE, placement="device", dtype=torch.float32, timer=PhaseTimer()
-    )
+    loader = build_train_loader(DataConfig(augment=augment), TrainConfig(), 0, loaded(small()), ALONE, **HOW)
     assert isinstance(loader.prepare.augment, torch.nn.Identity)
 
 
 def test_virtual_ranks_cut_the_batches_of_a_reproducible_training_alone() -> None:
     for reproducible, expected in ((True, 3), (False, 1)):
-        config = Config(train=TrainConfig(reproducible=reproducible, virtual_ranks=3))
-        loader = build_train_loader(
-            config, loaded(small()), ALONE, placement="device", dtype=torch.float32, timer=PhaseTimer()
-        )
+        train = TrainConfig(reproducible=reproducible, virtual_ranks=3)
+        loader = build_train_loader(DataConfig(), train, 0, loaded(small()), ALONE, **HOW)
         assert len(next(loader.batches(0)).micro_batches) == expected

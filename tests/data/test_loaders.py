@@ -11,7 +11,7 @@ from pipeline.data.augment import Augment
 from pipeline.data.inputs import Inputs, Prepare
 from pipeline.data.loaders import Gather, Loader, ResidentLoader, StreamedLoader
 from pipeline.data.order import Batch, Order
-from pipeline.models.networks import Normalize
+from pipeline.models.normalize import Normalize
 from tests.data.helpers import CPU
 
 IMAGES = torch.randint(0, 256, (23, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -31,7 +31,7 @@ from pipeline.data.catalog import known_sources
 from pipeline.data.samples import DataError, Dataset
 from pipeline.data.sources import download, published
 from pipeline.data.sources.download import PublishedFiles
-from pipeline.data.sources.published import NAMES, idx_source
+from pipeline.data.sources.published import NAMES, IdxSource
 from tests.data.helpers import are_equal, listed, loaded, pixels
 
 IMAGES, LABELS = NAMES[:2]
@@ -78,7 +78,7 @@ class Tiny:
     @property
     def dataset(self) -> Dataset:
         known: dict[str, Any] = {"mean": 0.5, "std": 0.5, "classes": "0123456789", "origin": "a test", "side": 6}
-        return idx_source("tiny", "MNIST", checksums=self.checksums, sizes=(20, 10), **known)(self.root, 0)
+        return IdxSource("tiny", "MNIST", checksums=self.checksums, sizes=(20, 10), **known)(self.root, 0)
 
     @property
     def folder(self) -> Path:
@@ -410,7 +410,7 @@ class TestAbsent:
     def test_error_names_the_files_the_reason_and_the_ways_out(self, tmp_path: Path, name: str, allowed: bool) -> None:
         root = tmp_path / "root"
         dataset = listed(name, root=root)
-        files = replace(files_of(dataset), elsewhere=None)
+        files = replace(files_of(dataset), fallback_folder=None)
         names = ("data_batch_1", "test_batch", "batches.meta") if name == "cifar10" else NAMES
         message = refusal(lambda: loaded(replace(dataset, files=files), download=allowed))
         assert set(names) <= set(files.missing())

@@ -22,7 +22,7 @@ from pipeline.learning.losses import LOSSES
 from pipeline.learning.optim import Schedule, build_optimizer
 from pipeline.learning.update import Precision, Update
 from pipeline.models.catalog import ModelSpec
-from pipeline.models.networks import Normalize
+from pipeline.models.normalize import Normalize
 from pipeline.parallel.rank import Rank
 from pipeline.parallel.replicas import Replicas
 from train.steps.parts import StepParts

@@ -29,7 +29,7 @@ def main() -> None:
 
     def build_watched(*arguments: Any) -> Trainer:
         trainer = build_trainer(*arguments)
-        replicas = trainer.step._parts.replicas  # type: ignore[attr-defined]
+        replicas = trainer.step.parts.replicas
         for name, part in {"trainer": trainer, "step": trainer.step, "DDP": replicas.model}.items():
             parts[name] = weakref.ref(part)
         return trainer

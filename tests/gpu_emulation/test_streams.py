@@ -16,7 +16,7 @@ from pipeline.base.timing import PhaseTimer
 from pipeline.data.inputs import Prepare
 from pipeline.data.loaders import Gather, StreamedLoader
 from pipeline.data.order import Order
-from pipeline.models.networks import Normalize
+from pipeline.models.normalize import Normalize
 
 Call = tuple[str, str, object]
 """What a stream does, and with what."""

@@ -16,7 +16,7 @@ from pipeline.learning.evaluation import Evaluator, Predictions
 from pipeline.learning.losses import LOSSES
 from pipeline.learning.metrics import Evaluation
 from pipeline.learning.update import Precision
-from pipeline.models.networks import Normalize
+from pipeline.models.normalize import Normalize
 from pipeline.parallel.rank import Rank
 from tests.ranks import run_ranks
 

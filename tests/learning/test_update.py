@@ -92,7 +92,7 @@ def _train(rank: Rank, precision: str, name: str, gradients: list[float]) -> tup
     for gradient in gradients:
         step(update, [gradient])
         weights.append(weight.item())
-    return weights, update.take_skipped().tolist()
+    return weights, update.pop_skipped().tolist()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -136,7 +136,7 @@ def test_the_longest_run_of_skipped_steps_is_told_once() -> None:
         for gradient in gradients:
             weight.grad = torch.tensor([gradient])
             update()
-        return cast(list[float], update.take_skipped().tolist())
+        return cast(list[float], update.pop_skipped().tolist())
 
     assert take(math.nan, math.nan, 1.0, math.nan) == [3.0, 2.0]
     assert take(math.nan) == [4.0, 2.0]  # a run goes on behind a record
@@ -256,7 +256,7 @@ def test_a_resumed_training_is_judged_by_its_own_steps() -> None:
         weights.grad = torch.tensor([math.nan])
         saved()
     resumed.load_state_dict(saved.state_dict())
-    assert resumed.take_skipped().tolist() == [5.0, 0.0]
+    assert resumed.pop_skipped().tolist() == [5.0, 0.0]
 
 
 @pytest.mark.parametrize(

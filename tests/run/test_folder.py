@@ -275,7 +275,7 @@ def test_a_run_of_this_version_and_a_new_one_have_the_right_format(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "text", ["", "just a text", "run: {", "- run", "format: 2\nrun: {seed: much}", "format: 2\nx: 1"]
+    "text", ["", "just a text", "run: {", "- run", "[]", "- ab", "format: 2\nrun: {seed: much}", "format: 2\nx: 1"]
 )
 def test_a_damaged_config_of_a_run_is_named(tmp_path: Path, text: str) -> None:
     folder = begun(tmp_path)

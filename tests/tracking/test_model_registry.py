@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,3 +205,64 @@ def test_a_model_that_may_not_be_imported_waits_for_a_sync_that_may(
     assert "tracking does not work" not in caplog.text
     monkeypatch.setenv(TRUST_VARIABLE, "1")
     assert follow(Publisher(run.folder, uri), lambda: False)
+
+
+def test_a_lost_model_is_missed_though_an_equal_one_was_recorded_before(tmp_path: Path, uri: str) -> None:
+    run = Run(tmp_path, "one", **{"eval/accuracy": 0.75})
+    run.record()
+    run.journal.status("running")
+    run.record()
+    run.journal.status("finished")
+    run.bundle.path("best").unlink()
+    assert not follow(Publisher(run.folder, uri), lambda: False)
+
+
+def test_a_run_whose_folder_of_models_was_removed_is_published_without_them(
+    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, "one", **{"eval/accuracy": 0.75})
+    run.record()
+    run.journal.status("finished")
+    shutil.rmtree(run.folder.model)
+    assert follow(Publisher(run.folder, uri), lambda: False)
+    assert "model was removed: the model is not logged" in caplog.text
+    assert Progress(run.folder, uri).is_complete()
+
+
+def no_model(channels: int, image_size: int, num_classes: int) -> torch.nn.Module:
+    raise AssertionError("Torch not compiled with CUDA enabled")
+
+
+class Unexportable(torch.nn.Linear):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        flat = images.flatten(1)
+        return super().forward(flat if bool(flat.sum() > 1e9) else 2 * flat)  # depends on values: cannot be traced
+
+
+def unexportable(channels: int, image_size: int, num_classes: int) -> torch.nn.Module:
+    return Unexportable(channels * image_size**2, num_classes)
+
+
+@pytest.mark.parametrize(
+    ("model", "is_published", "message"),
+    [
+        ("no_model", False, "does not fit .*AssertionError: Torch not compiled with CUDA enabled"),
+        ("unexportable", True, "the model cannot be logged, its weights are in model/best.safetensors: "),
+    ],
+)
+def test_a_model_that_cannot_be_built_or_exported_holds_up_nothing(
+    tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture, model: str, is_published: bool, message: str
+) -> None:
+    run = Run(tmp_path, "one", **{"eval/accuracy": 0.75})
+    replace(run.bundle, spec=ModelSpec(f"{__name__}:{model}", {}, 1, 4, 3)).write()
+    if model == "unexportable":
+        run.bundle.save("best", unexportable(1, 4, 3).state_dict())
+    run.record()
+    run.journal.append({"kind": "artifact", "path": "config.yaml"})
+    run.journal.status("finished")
+    publisher = Publisher(run.folder, uri)
+    assert follow(publisher, lambda: False) is is_published
+    assert re.search(message, caplog.text)
+    assert publisher.counts["files"] >= 2  # what comes behind the model
+    (mlflow_run,) = MlflowClient(tracking_uri=uri).search_runs(["1"])
+    assert mlflow_run.info.status == "FINISHED"

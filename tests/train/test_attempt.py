@@ -22,7 +22,7 @@ from tests.train.test_resume import run
 from train import main
 from train.attempt import attempt
 from train.attempt.finish import evaluate_test_split
-from train.output import FolderOutput
+from train.output import FolderOutput, Outcome
 from train.trainer import Trainer
 
 WITH_TEST = ("data.arguments.test_size=30", "train.epochs=2")
@@ -66,7 +66,29 @@ def test_a_request_to_stop_while_the_test_split_is_evaluated_is_heard_and_the_ne
     assert values(tmp_path, "test/accuracy") == []
     run(tmp_path, *WITH_TEST, world_size=world_size)
     assert RunFolder(tmp_path / "run").status()["state"] == "finished"
-    assert len(values(tmp_path, "test/accuracy")) == 1
+    run(tmp_path / "undisturbed", *WITH_TEST, world_size=world_size)
+    assert values(tmp_path, "test/accuracy") == values(tmp_path / "undisturbed", "test/accuracy")
+
+
+def test_a_request_to_stop_is_heard_in_the_evaluation_of_a_run_that_has_nothing_left_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_at_once(self: Trainer) -> Outcome:
+        if self.last_evaluation is None and self.position.epoch == self.config.epochs:
+            self.stop.ask("the test")
+        return fit(self)
+
+    fit = Trainer.fit
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt, "write_results", no_data)  # fails after the last epoch
+        with pytest.raises(RankFailed, match="the data were asked for"):
+            run(tmp_path, "train.epochs=1", world_size=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "fit", stop_at_once)
+        run(tmp_path, "train.epochs=1", world_size=1)
+    assert RunFolder(tmp_path / "run").status()["state"] == "preempted"
+    run(tmp_path, "train.epochs=1", world_size=1)
+    assert RunFolder(tmp_path / "run").status()["state"] == "finished"
 
 
 def test_a_run_without_a_test_split_has_no_test_metrics(tmp_path: Path) -> None:

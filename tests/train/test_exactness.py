@@ -135,7 +135,7 @@ def _trained_with_batch_statistics(rank: Rank) -> tuple[torch.Tensor, torch.Tens
         model = nn.Sequential(*layers).double()
         replicas = build_replicas(trainer.config, model, rank, trainer.timer, torch.zeros(1, 1, 28, 28))
         optimizer = build_optimizer(OptimConfig(name="sgd", lr=0.1), [{"params": list(model.parameters())}])
-        parts = trainer.step._parts
+        parts = trainer.step.parts
         update = Update(optimizer, Schedule(OptimConfig(schedule="constant"), 3, 3), parts.precision)
         parts = replace(parts, replicas=replicas, update=update)
         step = CapturedStep(parts, 8) if fixed else EagerStep(parts)
@@ -147,7 +147,7 @@ def _trained_with_batch_statistics(rank: Rank) -> tuple[torch.Tensor, torch.Tens
 
 def _fix_shapes(trainer: Trainer, batch_size: int) -> None:
     assert isinstance(trainer.step, EagerStep)
-    trainer.step = CapturedStep(trainer.step._parts, batch_size)
+    trainer.step = CapturedStep(trainer.step.parts, batch_size)
 
 
 def _gradient(

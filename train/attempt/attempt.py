@@ -11,8 +11,10 @@ from pathlib import Path
 from pipeline.base.launch import Launch
 from pipeline.base.logs import logger
 from pipeline.base.signals import StopRequest
+from pipeline.config import Config
 from pipeline.data.samples import DataError, Dataset
 from pipeline.learning.update import NonFiniteError
+from pipeline.models.bundle import TRUST_VARIABLE
 from pipeline.parallel.rank import Rank, RemoteError, is_lost_connection
 from pipeline.run.checkpoint import TrainingState
 from pipeline.run.folder import RunError
@@ -106,7 +108,9 @@ class Attempt:
             self.output.end("failed", f"{type(cause).__name__}: {cause}")
         except OSError as error:  # a full disk, say: must not hide what made the training fail
             logger.warning("the failure cannot be recorded in %s: %s", self.folder, error)
-        logger.warning("failed; what MLflow does not get now is published by: %s", sync_command(self.folder))
+        logger.warning(
+            "failed; what MLflow does not get now is published by: %s", sync_command(self.folder, self.call.config)
+        )
 
     def close_monitor(self) -> None:
         if self.monitor is not None:
@@ -131,11 +135,11 @@ class Attempt:
             registered = progress.get("model_outcome")
             logger.info("the model in MLflow: models:/%s%s", model_id, f", {registered}" if registered else "")
         if self.call.config.tracking.enabled:
-            logger.info("%s", describe_opening(self.folder, progress, published=published))
+            logger.info("%s", describe_opening(self.folder, self.call.config, progress, published=published))
         else:
             sweep = read_sweep_folder(self.folder.parent)
             what, folder = ("sweep", self.folder.parent) if sweep else ("run", self.folder)
-            logger.info("tracking is off; publish the %s with: %s", what, sync_command(folder))
+            logger.info("tracking is off; publish the %s with: %s", what, sync_command(folder, self.call.config))
         self._say_note()
 
     def _say_note(self) -> None:
@@ -162,7 +166,9 @@ def open_attempt(call: Invocation, rank: Rank) -> Iterator[Attempt]:
             advice, epochs = "raise train.epochs to go on, or choose another run.name", attempt.claim.position.epoch
             logger.info("run %s is finished (%d epochs) and left as it is; %s", folder.name, epochs, advice)
             if call.config.tracking.enabled and not Progress(attempt.claim.folder, attempt.uri).is_complete():
-                logger.info("MLflow has not everything of it; publish the rest with: %s", sync_command(folder))
+                logger.info(
+                    "MLflow has not everything of it; publish the rest with: %s", sync_command(folder, call.config)
+                )
         stack.callback(attempt.close_monitor)
         try:
             yield attempt
@@ -177,15 +183,18 @@ def _cannot_write(error: OSError) -> RunError:
     return RunError(f"the run cannot be written: {error}; set run.dir to a folder that can be")
 
 
-def sync_command(folder: Path) -> str:
-    return f"python -m pipeline sync {shlex.quote(os.path.relpath(folder))}"
+def sync_command(folder: Path, config: Config) -> str:
+    """Return the command that publishes a run or a sweep; a model of one's own has to be allowed."""
+    allowed = f"{TRUST_VARIABLE}=1 " if ":" in config.model.name else ""
+    return f"{allowed}python -m pipeline sync {shlex.quote(os.path.relpath(folder))}"
 
 
-def describe_opening(folder: Path, progress: Progress, *, published: bool) -> str:
+def describe_opening(folder: Path, config: Config, progress: Progress, *, published: bool) -> str:
     """Return how to look at the run, or how to publish what is missing."""
     uri, ids = progress.store_uri, (progress.get("mlflow_experiment_id"), progress.get("mlflow_run_id"))
     if not published:
-        return f"MLflow at {uri} has not everything yet; nothing is lost, publish the rest with: {sync_command(folder)}"
+        rest = sync_command(folder, config)
+        return f"MLflow at {uri} has not everything yet; nothing is lost, publish the rest with: {rest}"
     page = f"#/experiments/{ids[0]}/runs/{ids[1]}?workflowType=machine_learning"
     if uri.startswith("http"):
         return f"look at the run: {uri.rstrip('/')}/{page}"

@@ -2,8 +2,6 @@
 
 import os
 import shlex
-import socket
-import subprocess
 import sys
 import uuid
 from dataclasses import asdict
@@ -16,9 +14,9 @@ import torch
 from pipeline.base.credentials import without_credentials
 from pipeline.base.files import write_atomically
 from pipeline.base.logs import logger
+from pipeline.base.provenance import collect_provenance
 from pipeline.config import Config
 from pipeline.data.samples import Dataset
-from pipeline.learning.optim import build_schedule
 from pipeline.models.bundle import CONTENT, Bundle, BundleError
 from pipeline.parallel.rank import Rank
 from pipeline.run.checkpoint import Checkpoints
@@ -28,14 +26,8 @@ from pipeline.run.records import DatasetRecord, Record, RunRecord
 from pipeline.run.resume import changes, check_same_training
 from pipeline.run.sweep import read_sweep_folder
 from train.attempt.claim import Claim, Invocation
-from train.build import build_spec
+from train.build import build_schedule, build_spec
 from train.output import NUM_SNAPSHOT_IMAGES, FolderOutput
-
-OF_JOB = (
-    *("slurm_job_id", "slurm_array_job_id", "slurm_array_task_id"),
-    *("slurm_job_nodelist", "slurm_job_partition", "slurm_restart_count"),
-)
-"""Tags, and in capitals the variables that hold their values."""
 
 
 def begin_attempt(call: Invocation, claim: Claim, rank: Rank, dataset: Dataset) -> FolderOutput:
@@ -128,31 +120,13 @@ def _new_run(config: Config, folder: RunFolder, dataset: Dataset, bundle: Bundle
 
 
 def _tags(call: Invocation, rank: Rank) -> dict[str, str]:
-    """Return tags of the code (its commit, if it is a git checkout), the machine, the job and the ranks."""
-    tags = {"host": socket.gethostname(), "torch": torch.__version__}
-    if torch.cuda.is_available():
-        tags["gpu"] = torch.cuda.get_device_name()
-    tags |= {tag: os.environ[tag.upper()] for tag in OF_JOB if tag.upper() in os.environ}
-    commit = _git(call.root, "rev-parse", "HEAD")
-    if commit is not None:
-        changed = _git(call.root, "status", "--porcelain", "--untracked-files=no")
-        tags |= {"mlflow.source.git.commit": commit, "git.dirty": str(bool(changed)).lower()}
-    return tags | {
+    return collect_provenance(os.environ, call.root) | {
         "world_size": str(rank.world_size),
         "backend": rank.backend,
         "device": rank.device.type,
         "threads_per_rank": str(rank.num_threads),
         "config": call.config_name,
     }
-
-
-def _git(repository: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(repository), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _write_snapshot_images(folder: RunFolder, dataset: Dataset) -> None:

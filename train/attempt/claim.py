@@ -47,7 +47,7 @@ class Claim:
         return self.state.position if self.state else Position()
 
     def open_journal(self) -> Journal:
-        """Return the journal. Raises RunError if it belongs to another run than the checkpoints."""
+        """Open the journal, or make it; return it. Raises RunError if it is of another run than the checkpoint."""
         journal = Journal(self.folder.journal)
         known = self.state.identity.run_id if self.state else None
         if known is not None and journal.run_id not in (None, known):

@@ -66,7 +66,7 @@ def write_results(
 
 
 def best_weights(output: FolderOutput, trainer: Trainer) -> tuple[str, int]:
-    """Return the name and the step of the best weights that there are: `best` may never have been written."""
+    """Return "best" and its step if these weights were ever written, else "final" and the present step."""
     if trainer.best is not None and output.bundle.path("best").is_file():
         return "best", trainer.best.global_step
     return "final", trainer.position.global_step
@@ -81,7 +81,7 @@ def evaluate_test_split(output: FolderOutput | None, trainer: Trainer) -> list[s
         return []
     which, step = best_weights(output, trainer) if output else ("", 0)
     trainer.model.load_state_dict(trainer.rank.broadcast_state(output.bundle.load_weights(which) if output else None))
-    evaluation = trainer.test_evaluator.evaluate(trainer.after_evaluation_batch)
+    evaluation = trainer.run_evaluation(trainer.test_evaluator)
     if evaluation is None:
         return None
     if output is None:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from pipeline.data.build import list_dataset
 from pipeline.data.samples import DataError, Dataset
-from pipeline.learning.optim import build_schedule
 from pipeline.learning.update import choose_precision
 from pipeline.models.catalog import ModelSpec, describe_layers
 from pipeline.parallel.start import choose_device, num_threads
 from pipeline.run.folder import RunError, RunFolder, is_being_trained, slurm_run_name, wait_until_free
 from pipeline.run.resume import changes, check_same_training, is_finished
 from train.attempt.claim import Invocation, load_state
-from train.build import build_spec
+from train.build import build_schedule, build_spec
 
 
 def show_plan(call: Invocation) -> int:

@@ -98,7 +98,7 @@ class Watchdog:
         self._last = current
         # who waits is not the cause: that rank's own watchdog is to speak first, then the collective that times out
         if self._silent >= self.timeout + (30.0 if self._phase() == WAITING else 0.0):
-            self._end()
+            self._exit_hung()
 
     def _phase(self) -> str:
         frame: FrameType | None = sys._current_frames().get(self._thread_id)
@@ -108,7 +108,8 @@ class Watchdog:
             frame = frame.f_back
         return "the training loop"
 
-    def _end(self) -> None:
+    def _exit_hung(self) -> None:
+        """Log where all threads are, record the failure, which may take LAST_WORDS, and exit with code 1."""
         reason = f"rank {self.rank.rank} hung for {self._silent:.0f} s in {self._phase()} (train.hang_timeout)"
         logger.error("%s; where its threads are:", reason)
         faulthandler.dump_traceback(sys.__stderr__ or 2)
@@ -194,7 +195,7 @@ def watching_training(attempt: Attempt, trainer: Trainer) -> AbstractContextMana
     def progress() -> object:
         return trainer.heartbeats, trainer.timer.last
 
-    phases = find_phases(waits_in_backward=trainer.waits_in_backward)
+    phases = find_phases(waits_in_backward=trainer.step.parts.replicas.waits_in_backward)
     checks = [Watchdog(trainer.rank, progress, trainer.config.hang_timeout, attempt.fail, phases).check]
     if trainer.rank.is_main:
         checks.append(StopFiles(attempt.folder, os.environ.get("CONVOY_STOP_FILE"), trainer.stop).check)

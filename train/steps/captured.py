@@ -39,7 +39,7 @@ class CapturedStep(Step):
     def __init__(self, parts: StepParts, batch_size: int):
         """`batch_size`: the most samples of this rank in a step."""
         device = parts.rank.device
-        self._parts = parts
+        super().__init__(parts)
         self._stream = parts.replicas.capture_stream
         self._indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
@@ -54,19 +54,19 @@ class CapturedStep(Step):
         if self._stream is None or self._replay is not None:
             return
         before = {tensor: tensor.detach().clone() for tensor in self._changed()}
-        self._parts.update.scale_lr(0.0)
+        self.parts.update.scale_lr(0.0)
         with on_stream(self._stream), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*capturable=True.*")  # soon it will be captured
             for _ in range(NUM_WARM_UP):
                 self._compute()
         with torch.no_grad():
             for tensor in self._changed():  # in place: the graph will use these very tensors
-                # what the warm-up made is zeroed, as all optimizers begin
+                # what the warm-up made is zeroed, as all optimizers begin; what was there, they update in place
                 tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
         self._replay, self._sums = capture(self._compute, self._stream)
 
     def __call__(self, batch: Batch, step: int) -> Tensor:
-        parts = self._parts
+        parts = self.parts
         (indices,) = batch.micro_batches
         if self._short is not None and len(indices) < len(self._indices):
             return self._short(batch, step)
@@ -91,7 +91,7 @@ class CapturedStep(Step):
 
     def _compute(self) -> Tensor:
         """Compute one step on what is in the buffers."""
-        parts = self._parts
+        parts = self.parts
         loss, sums = parts.forward(parts.prepare(self._indices, self._count))
         parts.precision.backward(loss * self._scale)
         parts.replicas.reduce()
@@ -100,7 +100,7 @@ class CapturedStep(Step):
 
     def _changed(self) -> list[Tensor]:
         """Return all that a step changes: weights, buffers, counts, and what the optimizer knows of each weight."""
-        update = self._parts.update
+        update = self.parts.update
         known = [value for state in update.optimizer.state.values() for value in state.values()]
-        weights = [*update.parameters, *self._parts.replicas.model.buffers(), update.skipped]
+        weights = [*update.parameters, *self.parts.replicas.model.buffers(), update.skipped]
         return [*weights, *(value for value in known if isinstance(value, Tensor))]

@@ -14,11 +14,8 @@ from train.steps.parts import Step, StepParts, seed_device
 class EagerStep(Step):
     """Computes the exact mean gradient over the global batch: losses are summed, and divided by the global count."""
 
-    def __init__(self, parts: StepParts):
-        self._parts = parts
-
     def __call__(self, batch: Batch, step: int) -> Tensor:
-        parts = self._parts
+        parts = self.parts
         parts.seed_step(step)
         parts.update.set_step(step)
         sums = parts.zero_sums()
@@ -52,11 +49,11 @@ class OrderedStep(Step):
 
     def __init__(self, parts: StepParts, replicas: OrderedReplicas):
         """The micro-batches of a batch are the virtual ranks of this rank."""
-        self._parts = parts
+        super().__init__(parts)
         self._replicas = replicas
 
     def __call__(self, batch: Batch, step: int) -> Tensor:
-        parts = self._parts
+        parts = self.parts
         parts.update.set_step(step)
         sums = parts.zero_sums()
         for virtual, micro_batch in zip(self._replicas.own, batch.micro_batches, strict=True):

@@ -19,6 +19,9 @@ from pipeline.parallel.replicas import Replicas
 class Step:
     """One optimizer step on this rank's share of a global batch."""
 
+    def __init__(self, parts: "StepParts"):
+        self.parts = parts
+
     def prepare(self) -> None:
         """Collective. Called once, when weights and optimizer are as the first step will find them."""
 

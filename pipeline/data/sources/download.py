@@ -40,7 +40,7 @@ class PublishedFiles:
     """The name of a file and its plain content -> what `read` returns. Raises ValueError if it is damaged."""
     fetch: Callable[[Sequence[str], Path], None]
     """Downloads files of these names into a folder laid out as `root`. Raises DataError or OSError."""
-    elsewhere: Path | None = None
+    fallback_folder: Path | None = None
     """A folder that may stand in for the one under `root`."""
     hint: str = ""
     """Another way to get the files."""
@@ -100,7 +100,7 @@ class PublishedFiles:
         return missing
 
     def _find(self, name: str) -> Path | None:
-        for folder in (self.folder, self.elsewhere or self.folder):
+        for folder in (self.folder, self.fallback_folder or self.folder):
             for path in (folder / name, folder / f"{name}.gz"):
                 try:
                     if path.is_file():
@@ -119,7 +119,7 @@ class PublishedFiles:
                 return
             shutil.rmtree(staging, ignore_errors=True)
             try:
-                fresh = replace(self, root=staging, elsewhere=None)
+                fresh = replace(self, root=staging, fallback_folder=None)
                 self.fetch(missing, staging)
                 fresh._verify()
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def exclusive(root: Path) -> Iterator[None]:
 
 
 def fetch_archive(urls: Sequence[str], md5: str, folder: Path) -> None:
-    """Download an archive (.gz or .tar.gz) from the first of `urls` that has it and unpack it into `folder`.
+    """Download an archive (.gz, .tar.gz) from the first of `urls` that serves this MD5; unpack it, not atomically.
 
     Raises DataError with what each of them answered.
     """

@@ -3,7 +3,8 @@
 import math
 import pickle
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,51 +50,50 @@ CIFAR10_MD5 = {
 }
 
 
-def idx_source(
-    name: str,
-    torchvision_name: str,
-    *,
-    mean: float,
-    std: float,
-    classes: Sequence[str],
-    origin: str,
-    checksums: Mapping[str, str],
-    sizes: tuple[int, int] = (60_000, 10_000),
-    side: int = 28,
-    elsewhere: Path | None = None,
-    hint: str = "",
-) -> Callable[[Path, int], Dataset]:
-    """Return the source of a grey dataset of four IDX files, which lie in `<root>/<torchvision_name>/raw`.
+@dataclass(frozen=True)
+class IdxSource:
+    """A grey dataset of four IDX files, which lie in `<root>/<torchvision_name>/raw`."""
 
-    The class of that name knows the mirrors. `sizes` counts the samples for training and validation, `side` the pixels.
-    """
-    shapes = dict(zip(NAMES, [shape for size in sizes for shape in ((size, side, side), (size,))], strict=True))
+    name: str
+    torchvision_name: str
+    """Name of the class that knows the mirrors."""
+    mean: float
+    std: float
+    classes: Sequence[str]
+    origin: str
+    checksums: Mapping[str, str]
+    sizes: tuple[int, int] = (60_000, 10_000)
+    """Samples for training and validation."""
+    side: int = 28
+    fallback_folder: Path | None = None
+    hint: str = ""
 
-    def list_dataset(root: Path, seed: int) -> Dataset:
-        def parse(name: str, content: memoryview) -> Tensor:
-            return parse_idx(content, shapes[name], len(classes))
-
-        fetch = partial(_fetch, torchvision_name)
-        files = PublishedFiles(name, root, f"{torchvision_name}/raw", checksums, parse, fetch, elsewhere, hint)
-
-        def split(size: int, images: str, labels: str) -> PixelSamples:
-            known = " ".join(checksums.get(name, "") for name in (images, labels)).strip()
-            return PixelSamples(size, lambda: (files.read(images)[:, None], files.read(labels).long(), known))
-
+    def __call__(self, root: Path, seed: int) -> Dataset:
+        fetch, subfolder = partial(_fetch, self.torchvision_name), f"{self.torchvision_name}/raw"
+        files = PublishedFiles(
+            self.name, root, subfolder, self.checksums, self._parse, fetch, self.fallback_folder, self.hint
+        )
         return Dataset(
-            name=name,
-            train=split(sizes[0], *NAMES[:2]),
-            validation=split(sizes[1], *NAMES[2:]),
-            classes=tuple(classes),
+            name=self.name,
+            train=self._split(files, self.sizes[0], *NAMES[:2]),
+            validation=self._split(files, self.sizes[1], *NAMES[2:]),
+            classes=tuple(self.classes),
             channels=1,
-            image_size=side,
-            mean=(mean,),
-            std=(std,),
-            origin=f"{origin}, IDX files; validation is the published test split",
+            image_size=self.side,
+            mean=(self.mean,),
+            std=(self.std,),
+            origin=f"{self.origin}, IDX files; validation is the published test split",
             files=files,
         )
 
-    return list_dataset
+    def _split(self, files: PublishedFiles, size: int, images: str, labels: str) -> PixelSamples:
+        known = " ".join(self.checksums.get(name, "") for name in (images, labels)).strip()
+        return PixelSamples(size, lambda: (files.read(images)[:, None], files.read(labels).long(), known))
+
+    def _parse(self, name: str, content: memoryview) -> Tensor:
+        size = self.sizes[NAMES.index(name) // 2]
+        shape = (size, self.side, self.side) if "images" in name else (size,)
+        return parse_idx(content, shape, len(self.classes))
 
 
 def parse_idx(content: memoryview, shape: tuple[int, ...], num_classes: int) -> Tensor:
@@ -123,7 +123,7 @@ def _fetch(torchvision_name: str, names: Sequence[str], root: Path) -> None:
 
 
 def cifar10(root: Path, seed: int) -> Dataset:
-    files = PublishedFiles("cifar10", root, "cifar-10-batches-py", CIFAR10_MD5, _unpickle, _fetch_cifar10)
+    files = PublishedFiles("cifar10", root, "cifar-10-batches-py", CIFAR10_MD5, _unpickle_verified, _fetch_cifar10)
 
     def split(size: int, *names: str) -> PixelSamples:
         def load() -> Content:
@@ -148,8 +148,9 @@ def cifar10(root: Path, seed: int) -> Dataset:
     )
 
 
-def _unpickle(name: str, content: memoryview) -> Any:
-    return pickle.loads(content, encoding="latin1")  # code in it cannot be another's: its MD5 was checked
+def _unpickle_verified(name: str, content: memoryview) -> Any:
+    """Return the object in a pickle, whatever code is in it: only for content whose checksum was verified."""
+    return pickle.loads(content, encoding="latin1")
 
 
 def _fetch_cifar10(names: Sequence[str], root: Path) -> None:
@@ -161,7 +162,7 @@ def _fetch_cifar10(names: Sequence[str], root: Path) -> None:
 # Means and deviations of MNIST and Fashion-MNIST are measured (a test does it again); those of KMNIST and CIFAR-10 are
 # the ones quoted in the literature.
 SOURCES = {
-    "mnist": idx_source(
+    "mnist": IdxSource(
         "mnist",
         "MNIST",
         mean=0.1307,
@@ -170,7 +171,7 @@ SOURCES = {
         origin="MNIST (LeCun, Cortes, Burges)",
         checksums=dict(zip(NAMES, MNIST_SHA256, strict=True)),
     ),
-    "fashion_mnist": idx_source(
+    "fashion_mnist": IdxSource(
         "fashion_mnist",
         "FashionMNIST",
         mean=0.2860,
@@ -178,10 +179,10 @@ SOURCES = {
         classes=FASHION,
         origin="Fashion-MNIST (Zalando)",
         checksums=dict(zip(NAMES, FASHION_MNIST_SHA256, strict=True)),
-        elsewhere=DEBIAN_FASHION_MNIST,
+        fallback_folder=DEBIAN_FASHION_MNIST,
         hint="install it: apt-get install dataset-fashion-mnist (Debian, Ubuntu)",
     ),
-    "kmnist": idx_source(
+    "kmnist": IdxSource(
         "kmnist",
         "KMNIST",
         mean=0.1918,

@@ -24,7 +24,7 @@ def synthetic(
     classes: Annotated[int, Ge(2), Le(10_000)] = 10,
     image_size: Annotated[int, Ge(4), Le(1024)] = 28,
 ) -> Dataset:
-    """Return classes that are each a coarse random pattern; a sample is its pattern plus as strong a noise."""
+    """Return a random dataset: a sample is the coarse pattern of its class plus noise as strong, drawn from `seed`."""
     draw = partial(_draw, seed, channels, classes, image_size)
     # A pixel is the sum of two independent uniform integers below LEVELS, hence these two.
     mean, std = (LEVELS - 1) / 255, ((LEVELS**2 - 1) / 6) ** 0.5 / 255
