@@ -1,5 +1,6 @@
 """Problems that no single key shows: settings that contradict each other, the data, the model or the machine."""
 
+import os
 from collections.abc import Generator, Iterator
 from urllib.parse import urlsplit
 
@@ -75,24 +76,40 @@ def _check_train(config: Config) -> Iterator[Problem]:
 
 
 def _check_tracking(config: Config) -> Iterator[Problem]:
-    uri = config.tracking.uri
-    if 0 < config.tracking.system_every < 0.1:
+    tracking = config.tracking
+    if 0 < tracking.system_every < 0.1:
         yield _refuse(config, "accepted: 0 for none, or at least 0.1 seconds", "tracking.system_every")
-    if uri is None:
-        return
-    try:
-        scheme = urlsplit(uri).scheme.partition("+")[0]
-    except ValueError as error:
-        yield _refuse(config, f"is no URI ({error})", "tracking.uri")
-        return
-    if without_credentials(uri) != uri:
+    if tracking.uri is not None and without_credentials(tracking.uri) != tracking.uri:
         reason = (
             "tracking.uri: holds a user name, password or other secret, which would be written into the run folder; "
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or all of MLFLOW_TRACKING_URI) instead"
         )
         yield Problem(("tracking.uri",), reason)
-    elif scheme not in URI_SCHEMES and uri != "databricks":
-        yield _refuse(config, f"accepted: a URI that starts with {', '.join(URI_SCHEMES)}", "tracking.uri")
+        return
+    name = "tracking.uri" if tracking.uri else "MLFLOW_TRACKING_URI"
+    uri = tracking.uri or (os.environ.get(name) if tracking.enabled else None)
+    if uri and (problem := _find_uri_problem(uri)):
+        yield Problem((name,), f"{name} = {without_credentials(uri)}: {problem}")
+
+
+def _find_uri_problem(uri: str) -> str | None:
+    """Return why a URI can never be that of an MLflow server or store; None if it can."""
+    if uri == "databricks":
+        return None
+    if uri != uri.strip():
+        return "accepted: a URI without blanks around it"
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        return f"is no URI ({error})"
+    scheme = parts.scheme.partition("+")[0]
+    if scheme not in URI_SCHEMES:
+        return f"accepted: a URI that starts with {', '.join(URI_SCHEMES)}"
+    if scheme in ("http", "https") and not parts.hostname:
+        return f"names no host; accepted: {scheme}://host:port"
+    if scheme == "sqlite" and (parts.netloc or not parts.path.strip("/")):
+        return "names no file; accepted: sqlite:///relative/path.db or sqlite:////absolute/path.db"
+    return None
 
 
 def _check_machine(config: Config, launch: Launch) -> Iterator[Problem]:
@@ -169,7 +186,10 @@ def _check_model(config: Config, dataset: Dataset | None) -> Iterator[Problem]:
         arguments = " ".join(f"model.arguments.{key}={value}" for key, value in given.items())
         model_words = f"model.name={name} cannot be built{' with ' * bool(arguments)}{arguments}"
         keys = ("data.image_size", "model.name", "model.arguments", *LISTING)
-        yield Problem(keys, f"data.image_size = {dataset.image_size}: {model_words}: {error}")
+        size, kind = f"data.image_size = {dataset.image_size}", type(error).__name__
+        # what a size that is too small is refused with, as far as anybody knows
+        is_size = isinstance(error, ValueError | RuntimeError)
+        yield Problem(keys, f"{size}: {model_words}: {error}" if is_size else f"{model_words} ({kind}: {error})")
         return
     if config.train.reproducible and has_batch_statistics(model):
         reason = f"{name} has batch statistics, which depend on the number of ranks; choose another model"

@@ -17,13 +17,14 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from pipeline.base.launch import Launch
 from pipeline.base.logs import start_rank_logging
-from pipeline.base.signals import StopRequest, listen_for_stop
+from pipeline.base.signals import StopRequest, kill_children, listen_for_stop
 from pipeline.base.timing import StartupTimer
 from pipeline.checks import find_problems
 from pipeline.config import ConfigError, load_config, parse_command_line
 from pipeline.data.build import list_dataset, load_dataset
 from pipeline.parallel.rank import Rank
 from pipeline.parallel.start import start_rank
+from train.attempt.alike import check_alike
 from train.attempt.attempt import Attempt, open_attempt, report_failure
 from train.attempt.claim import Invocation
 from train.attempt.plan import show_plan
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(call, stop, startup)
     except Exception as error:
         return report_failure(error, launch, stop)
+    finally:
+        kill_children()
     return 0
 
 
@@ -73,6 +76,7 @@ def run(call: Invocation, stop: StopRequest, startup: StartupTimer) -> None:
 
 def train(call: Invocation, rank: Rank, stop: StopRequest, startup: StartupTimer) -> Attempt:
     """Collective. Claim the run folder, train what is left of the run, and return the attempt."""
+    check_alike(rank, call.config)
     with open_attempt(call, rank) as attempt:
         startup.lap("claim")
         if not attempt.is_finished:

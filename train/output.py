@@ -36,7 +36,7 @@ class RunOutput:
     def save_checkpoint(self, state: TrainingState, value: float | None) -> None:
         """Save all that a resume needs. `value` is the evaluation at this step, if there was one."""
 
-    def save_best(self, weights: Mapping[str, Tensor]) -> bool:
+    def save_best(self, weights: Mapping[str, Tensor], step: int) -> bool:
         """Save the weights of the best evaluation so far; return False if they could not be written."""
         return True
 
@@ -88,10 +88,10 @@ class FolderOutput(RunOutput):
         with suppress(OSError):  # the disk may be full by now; the checkpoint counts
             self.folder.update_status(epoch=position.epoch, global_step=position.global_step)
 
-    def save_best(self, weights: Mapping[str, Tensor]) -> bool:
+    def save_best(self, weights: Mapping[str, Tensor], step: int) -> bool:
         """Write the best weights; return whether that worked."""
         try:
-            self.bundle.save("best", weights)
+            self.bundle.save("best", weights, step)
         except OSError as error:
             name = f"model/{self.bundle.path('best').name}"
             self._report_failed_save(f"{name} COULD BE WRITTEN", error, "with the best weights of before")

@@ -50,8 +50,6 @@ class Trainer:
     position: Position = field(default_factory=Position)
     best: Best | None = None
     last_evaluation: Evaluation | None = None
-    heartbeats: int = 0
-    """Grows with each step, each batch of an evaluation and each save."""
     _stopping: bool = False
 
     def fit(self) -> Outcome:
@@ -61,6 +59,7 @@ class Trainer:
         is_finished = self._train_epochs()
         gc.unfreeze()
         self.profiler.close(self.output)
+        self.recording.check_some_steps(self.position.global_step)
         if is_finished and self.last_evaluation is None:  # resumed behind the last epoch
             self.last_evaluation = self.run_evaluation(self.evaluator)
         return "finished" if is_finished and self.last_evaluation else "preempted"
@@ -90,7 +89,6 @@ class Trainer:
             self.recording.add(sums, batch.global_count)
             self.display.advance(batch.global_count)
             self._after_step()
-            self.heartbeat()
             self.timer.lap("other")
             if self._stopping:
                 break
@@ -127,18 +125,14 @@ class Trainer:
         if evaluation is None:
             return False
         self.recording.evaluated(self.position, self.evaluator, evaluation, time.perf_counter() - started)
-        self.timer.start()  # it belongs to no step
-        value = evaluation.metrics[self.saving.config.metric]
-        is_best = self.best is None or is_better(self.saving.config.metric, value, self.best.value)
-        if is_best and self.output.save_best(self.model.state_dict()):  # else the best before it stays
-            self.best = Best(value, self.position.global_step)
+        value, before, step = evaluation.metrics[self.saving.config.metric], self.best, self.position.global_step
+        if before is None or is_better(self.saving.config.metric, value, before.value):
+            self.best = Best(value, step)
         self.position = replace(self.position, epoch=self.position.epoch + 1, samples_seen=0)
-        self.save(value)
+        self.save(value)  # first: from this checkpoint a resume can write the best weights, should they not get there
+        if self.best is not before and not self.output.save_best(self.model.state_dict(), step):
+            self.best = before
         return True
-
-    def heartbeat(self) -> None:
-        """Tell the watchdog that the training advances."""
-        self.heartbeats += 1
 
     def run_evaluation(self, evaluator: Evaluator) -> Evaluation | None:
         """Collective. Return None if a request to stop interrupted it."""
@@ -147,7 +141,7 @@ class Trainer:
 
     def _after_evaluation_batch(self) -> bool:
         """Collective. Return whether all are to stop."""
-        self.heartbeat()
+        self.timer.start()  # an evaluation belongs to no step, and the watchdog sees that it advances
         return self.agreement.after_step(stop=bool(self.stop)).stop
 
     def save(self, value: float | None = None) -> None:
@@ -155,7 +149,6 @@ class Trainer:
         self.recording.finish()  # what is recorded up to a checkpoint stands before it
         self.timer.lap("other")
         self.saving.save(self.state, value)
-        self.heartbeat()
         self.timer.start()
 
     def state(self) -> TrainingState:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import unquote
 
 
 def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
@@ -28,7 +29,8 @@ def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], ob
 
 def write_synced(path: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
     """Write a file and force it to the disk."""
-    with path.open("wb") as file:
+    # never through a link that somebody else put there
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as file:
         if callable(content):
             content(file)
         else:
@@ -40,9 +42,21 @@ def write_synced(path: Path, content: bytes | str | Callable[[IO[bytes]], object
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; an empty one if there is no such file, or it is damaged."""
     try:
-        return dict(json.loads(path.read_bytes()))
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except (FileNotFoundError, NotADirectoryError, TypeError, ValueError):
         return {}
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the address of an SQLite file, absolute; what would end the path or change it there is escaped."""
+    return "sqlite:///" + str(path.absolute()).replace("%", "%25").replace("?", "%3F")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the absolute path of the file of a `sqlite:///` address; None for another address."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).absolute()
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables that count the processes which srun or mpirun starts."""
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -32,8 +34,8 @@ class Launch:
 
         Raises ValueError if RANK is set, but not all that belongs to it, and for processes that do not know each other.
         """
-        num_cores = int(environment.get("SLURM_CPUS_ON_NODE", "0")) or None
-        is_requeued = int(environment.get("SLURM_RESTART_COUNT", "0")) > 0
+        num_cores = _number("SLURM_CPUS_ON_NODE", environment, default=0) or None
+        is_requeued = _number("SLURM_RESTART_COUNT", environment, default=0) > 0
         if "RANK" not in environment:
             _check_world(1, environment)
             return cls(num_cores=num_cores, is_requeued=is_requeued)
@@ -43,14 +45,14 @@ class Launch:
         run_id = environment.get("TORCHELASTIC_RUN_ID")
         if run_id == "none":  # torchrun's default: then the agent, which outlives its workers, stands for the job
             run_id = f"{socket.gethostname()}-{os.getppid()}-{start_ticks(os.getppid())}"
-        numbers = {name.lower(): int(environment[name]) for name in NUMBERS}
+        numbers = {name.lower(): _number(name, environment, default=0) for name in NUMBERS}
         _check_world(numbers["world_size"], environment)
         return cls(
             **numbers,
             run_id=run_id,
-            is_restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+            is_restart=_number("TORCHELASTIC_RESTART_COUNT", environment, default=0) > 0,
             launcher_pid=None if run_id is None else os.getppid(),
-            max_restarts=int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0")),
+            max_restarts=_number("TORCHELASTIC_MAX_RESTARTS", environment, default=0),
             num_cores=num_cores,
             is_requeued=is_requeued,
         )
@@ -80,16 +82,26 @@ class Launch:
 
 def _check_world(world_size: int, environment: Mapping[str, str]) -> None:
     """Raise ValueError if a batch script was granted another world: the nodes of it would train apart."""
-    granted = int(environment.get("CONVOY_WORLD_SIZE", world_size))
+    granted = _number("CONVOY_WORLD_SIZE", environment, default=world_size)
     if world_size != granted:
         raise ValueError(
             f"{world_size} rank(s) found each other where {granted} were to be started (CONVOY_WORLD_SIZE): do the "
             "nodes reach the one that is named at the start of the log?"
         )
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks > 1 and "RANK" not in environment:
-        way = "start torchrun once on each node, as slurm/train.sbatch does"
-        raise ValueError(f"srun started {tasks} processes: {way}")
+    for name in OTHER_LAUNCHERS if "RANK" not in environment else ():
+        if (tasks := _number(name, environment, default=1)) > 1:
+            raise ValueError(
+                f"srun or mpirun started {tasks} processes that do not know each other ({name}): start torchrun once "
+                "on each node, as slurm/train.sbatch does"
+            )
+
+
+def _number(name: str, environment: Mapping[str, str], default: int) -> int:
+    """Return the whole number in a variable. Raises ValueError that names it."""
+    value = environment.get(name) or str(default)
+    if not value.isdecimal():
+        raise ValueError(f"{name}={value}: accepted: a whole number >= 0; whoever set it should correct or unset it")
+    return int(value)
 
 
 def start_ticks(pid: int) -> int:

@@ -1,5 +1,6 @@
 """Signals become a request that the training answers at its next decision: save, and leave with exit code 0."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ from types import FrameType
 SAME_REQUEST = 2.0
 """Seconds in which a signal repeats the first: a scheduler that signals every process of a job also signals torchrun,
 which passes it on, so that a rank is asked twice."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopRequest:
@@ -42,14 +43,27 @@ class StopRequest:
 
 @contextmanager
 def listen_for_stop(request: StopRequest | None = None) -> Iterator[StopRequest]:
-    """Yield `request`, or a new one, which SIGNALS set. Only in the main thread, as Python has it for handlers."""
+    """Yield `request`, or a new one, which SIGNALS set, but for SIGHUP under nohup. Only in the main thread, as Python
+    has it for handlers."""
     request = StopRequest() if request is None else request
-    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    heard = [number for number in SIGNALS if number not in ignored]
+    before = {number: signal.signal(number, request.receive) for number in heard}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def kill_children() -> None:
+    """Kill the loader workers that are left at the end of a rank.
+
+    They ignore SIGTERM, with which Python would end them at its exit, to wait for them without a limit. They only read.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises in the handler it has for them
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def ignore_stop_signals() -> None:

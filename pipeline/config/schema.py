@@ -1,10 +1,11 @@
 """Every setting: its type, bounds, default and help, and whether a resumed run may change it (by default not)."""
 
 import warnings
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from pipeline.config.arguments import NAME_PATTERN, read_plain, read_text
@@ -46,9 +47,20 @@ class Section(BaseModel):
         return read_plain(value) if annotation == Arguments else value
 
 
+def _expand(path: str) -> str:
+    """Return a path as a shell would have expanded it, which leaves `run.dir=~/runs` as it is."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise ValueError("there is no such user") from error
+
+
+PathText = Annotated[str, AfterValidator(_expand)]
+
+
 class RunConfig(Section):
-    name: str | None = free(None, "run folder; null: Slurm's job id, else config name and time", pattern=NAME_PATTERN)
-    dir: str = free("runs", "folder in which run folders are made", min_length=1)
+    name: str | None = free(None, "run folder; null: the batch job's, else config name and time", pattern=NAME_PATTERN)
+    dir: PathText = free("runs", "folder in which run folders are made", min_length=1)
     seed: int = fixed(0, "fixes initial weights, order of samples and dropout", ge=0, lt=2**63)
     resume: Literal["auto", "never", "must"] = free(
         "auto", "auto: continue a named run; never: refuse an existing folder; must: fail without a checkpoint"
@@ -59,7 +71,7 @@ class RunConfig(Section):
 class DataConfig(Section):
     dataset: str = fixed("digits", "one of Convoy's, or package.module:function; digits needs no download")
     arguments: Arguments = fixed({}, "arguments of the dataset's source")
-    root: str = free("data", "folder that holds the datasets, in torchvision's layout", min_length=1)
+    root: PathText = free("data", "folder that holds the datasets, in torchvision's layout", min_length=1)
     download: bool = free(True, "fetch the dataset if it is not in data.root")
     image_size: int | None = fixed(None, "side in pixels to resize to; null: the dataset's own", ge=4, le=1024)
     mean: tuple[float, ...] | None = fixed(None, "of pixels in [0, 1], by channel; null: the dataset's", min_length=1)
@@ -133,7 +145,9 @@ with warnings.catch_warnings():
         uri: str | None = free(
             None, "MLflow server or store; null: MLFLOW_TRACKING_URI, else ./mlflow.db", min_length=1
         )
-        experiment: str = free("convoy", "MLflow experiment of the run", min_length=1, max_length=250)
+        experiment: str | None = free(
+            None, "MLflow experiment; null: MLFLOW_EXPERIMENT_NAME, else convoy", min_length=1, max_length=250
+        )
         register: str | None = free(
             None,
             "registered model that gets a version of this run; champion if it beats that; null: none",

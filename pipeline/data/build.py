@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import socket
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.data.order import Blocks, Order
 from pipeline.data.packed import share_on_node
 from pipeline.data.samples import Content, DataError, Dataset, PixelSamples, Samples, fingerprint
 from pipeline.models.normalize import Normalize
-from pipeline.parallel.rank import Rank
+from pipeline.parallel.rank import Rank, RemoteError
 
 MIN_BLOCKS = 8
 """A small evaluation is cut into so many blocks, so that it is shared among some ranks too."""
@@ -53,6 +54,12 @@ def load_dataset(config: DataConfig, dataset: Dataset, rank: Rank) -> Dataset:
     """
 
     loaded = share_on_node(rank, lambda: _load(dataset, config.download))
+    digests = rank.gather((loaded.digest, socket.gethostname()))
+    for digest, host in digests:
+        if digest != digests[0][0]:
+            reason = f"data.dataset={dataset.name} is not the same on {host} ({digest}) as on {digests[0][1]} "
+            reason += f"({digests[0][0]}): compare data.root on both"
+            raise DataError(reason) if rank.is_main else RemoteError(reason)
     with suppress(OSError, AttributeError):  # not glibc, whose malloc may keep what loading took besides the dataset
         ctypes.CDLL(None).malloc_trim(0)
     return loaded

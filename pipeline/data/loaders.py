@@ -7,13 +7,17 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.base.signals import SIGNALS
 from pipeline.base.timing import PhaseTimer
 from pipeline.data.augment import Gathered
 from pipeline.data.inputs import Prepare
 from pipeline.data.order import Batch, Order
+from pipeline.data.samples import DataError
+
+NO_SHARED_MEMORY = ("shared memory", "Bus error")
+"""Words in torch's messages where a worker finds no room for a batch."""
 
 
 class Gather(nn.Module, Dataset[Gathered]):
@@ -32,7 +36,12 @@ class Gather(nn.Module, Dataset[Gathered]):
         return self.pixels.index_select(0, indices), self.labels.index_select(0, indices), indices
 
     def __getitem__(self, indices: Tensor) -> Gathered:
-        return self.forward(indices)
+        """Return a micro-batch, in shared memory in a worker: without room the thread that sends it would lose it."""
+        pixels, labels, indices = self.forward(indices)
+        if get_worker_info() is not None:
+            pixels.share_memory_()  # type: ignore[no-untyped-call]
+            labels.share_memory_()  # type: ignore[no-untyped-call]
+        return pixels, labels, indices
 
 
 @dataclass
@@ -91,7 +100,13 @@ class StreamedLoader:
 
     def _fetch(self, step: Batch, fetched: Iterator[Gathered]) -> tuple[Batch, torch.cuda.Event | None]:
         """Return the batch, and the event of its arrival on a GPU."""
-        parts = tuple(islice(fetched, len(step.micro_batches)))
+        try:
+            parts = tuple(islice(fetched, len(step.micro_batches)))
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in NO_SHARED_MEMORY):
+                raise
+            way_out = "give it more (docker run --shm-size), or set data.workers=0"
+            raise DataError(f"/dev/shm has no room for the batches of the loader's workers: {way_out}") from error
         if self._copying is None:
             return replace(step, micro_batches=parts), None
         self._timer.lap("data")

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.base.timing import PHASES
 from pipeline.data.inputs import Inputs
 from pipeline.parallel.rank import Rank
+
+Times = NDArray[np.float64]
 
 
 def count_correct(output: Tensor, inputs: Inputs) -> Tensor:
@@ -84,7 +88,7 @@ class Straggler:
         return {"time/slowest_rank": float(self.rank), "time/imbalance": self.imbalance}
 
 
-def mean_times(times: Tensor) -> dict[str, float]:
+def mean_times(times: Times) -> dict[str, float]:
     """Return `time/<phase>_ms` -> milliseconds per optimizer step, mean over the ranks; `times` [ranks, PHASES].
 
     Phases that did not occur are left out.
@@ -92,14 +96,14 @@ def mean_times(times: Tensor) -> dict[str, float]:
     return {f"time/{phase}_ms": mean for phase, mean in zip(PHASES, times.mean(0).tolist(), strict=True) if mean > 0}
 
 
-def find_straggler(times: Tensor) -> Straggler | None:
+def find_straggler(times: Times) -> Straggler | None:
     """Return the rank that spends most time before it meets the others: in `communication` they wait for it.
 
     None if it is alone, or if that cannot be told: in a step replayed as one, waiting is not seen apart.
     """
     if len(times) < 2 or times[:, PHASES.index("graph")].any():
         return None
-    own = times.clone()
+    own = times.copy()
     own[:, PHASES.index("communication")] = 0
     totals = own.sum(1)
     slowest, mean = int(totals.argmax()), float(totals.mean())

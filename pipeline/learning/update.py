@@ -95,6 +95,11 @@ class Update:
             _step_if(is_finite, self.optimizer, gradients)
         self.optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def num_skipped(self) -> int:
+        """Return how many steps of the whole training were skipped; waits for the device."""
+        return int(self.skipped[0])
+
     def pop_skipped(self) -> Tensor:
         """Return float64 [2] on the device: steps skipped in all, and the longest run of them since the last call."""
         taken = self.skipped[::2].clone()
@@ -105,7 +110,7 @@ class Update:
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._precision.scaler.state_dict(),
-            "skipped": float(self.skipped[0]),
+            "skipped": float(self.num_skipped),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -72,14 +72,22 @@ class Bundle:
         """Return where the weights `which`, "best" or "final", are stored."""
         return self.folder / f"{which}.safetensors"
 
-    def save(self, which: str, state_dict: Mapping[str, Tensor]) -> None:
-        """Write weights. Raises OSError where there is no room, with the file as it was."""
+    def save(self, which: str, state_dict: Mapping[str, Tensor], step: int) -> None:
+        """Write the weights of an optimizer step. Raises OSError where there is no room, with the file as it was."""
         # a copy, since the format takes neither channels_last nor tensors that share memory
         tensors = {
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in state_dict.items()
         }
-        write_atomically(self.path(which), save(tensors, {"sha256": _digest(tensors)}))
+        write_atomically(self.path(which), save(tensors, {"sha256": _digest(tensors), "step": str(step)}))
+
+    def step_of(self, which: str) -> int | None:
+        """Return the optimizer step of stored weights; None if there are none, or none that can be read."""
+        try:
+            with safe_open(self.path(which), "pt") as file:
+                return int(file.metadata()["step"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
 
     def load_weights(self, which: str) -> dict[str, Tensor]:
         """Return weights on the CPU, also from the .pt file of an earlier version. Raises BundleError."""

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -65,14 +66,49 @@ def choose_device(launch: Launch, device: str, backend: str) -> torch.device:
 
 
 def num_threads(config: TrainConfig, launch: Launch) -> int:
-    """Return the CPU threads of this rank: the cores it may use and was granted, divided among the ranks of the node.
+    """Return the CPU threads of this rank: the cores it may use and was granted (by Slurm, or the quota
+    of a container), divided among the ranks of the node.
 
     torchrun would set OMP_NUM_THREADS=1, which leaves most cores of a node idle. Reproducible training has one thread
     unless set: their number changes bits.
     """
     usable = len(os.sched_getaffinity(0))
-    part = max(1, min(usable, launch.num_cores or usable) // launch.local_world_size)
+    part = max(1, min(usable, launch.num_cores or usable, cpu_quota() or usable) // launch.local_world_size)
     return config.threads or (1 if config.reproducible else part)
+
+
+def cpu_quota(root: Path = Path("/")) -> int | None:
+    """Return how many CPUs the container of this process may use at a time, at least 1; None without a limit.
+
+    From cgroup v2's cpu.max, or v1's cpu.cfs_quota_us (kernel documentation, admin-guide), of its own group and those
+    around it.
+    """
+    quotas = []
+    for line in _read_words(root / "proc/self/cgroup"):
+        _, controllers, group = line[0].split(":", 2)
+        is_v2, mount = not controllers, root / "sys/fs/cgroup" / ("" if not controllers else "cpu")
+        if not is_v2 and "cpu" not in controllers.split(","):
+            continue
+        inner = mount / group.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if not folder.is_relative_to(mount):
+                break
+            if is_v2:
+                numbers = [word for words in _read_words(folder / "cpu.max") for word in words]
+            else:
+                files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                numbers = [word for name in files for words in _read_words(folder / name) for word in words]
+            if len(numbers) == 2 and numbers[0].isdecimal() and int(numbers[1]) > 0:  # neither max nor -1
+                quotas.append(max(1, round(int(numbers[0]) / int(numbers[1]))))
+    return min(quotas, default=None)
+
+
+def _read_words(path: Path) -> list[list[str]]:
+    """Return the words of each line of a file, none if it cannot be read."""
+    try:
+        return [line.split() for line in path.read_text().splitlines() if line]
+    except OSError:
+        return []
 
 
 def keep_freed_memory() -> None:

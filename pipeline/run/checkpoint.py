@@ -131,6 +131,10 @@ class Checkpoints:
         found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}(\.old)?", path.name)]
         return sorted(found, key=_step_of, reverse=True)
 
+    def load(self, step: int) -> TrainingState:
+        """Return the checkpoint of an optimizer step. Raises CheckpointError if there is none, or it is damaged."""
+        return load_checkpoint(self.folder / f"step-{step:08d}")
+
     def load_latest(self) -> TrainingState | None:
         """Return the latest checkpoint that verifies; damaged ones are named in a warning and passed over.
 
@@ -145,8 +149,8 @@ class Checkpoints:
                 logger.warning("%s; trying the one before", error)
         if found:
             raise CheckpointError(
-                f"none of the {len(found)} checkpoints in {self.folder} can be used: move them away to begin anew, or "
-                "choose another run.name"
+                f"none of the {len(found)} checkpoints in {self.folder} can be used: put back what was "
+                "lost of them, or choose another run.name to begin anew"
             )
         return None
 
@@ -222,6 +226,8 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # a pipe, say, on which one would wait for ever
+        raise CheckpointError(f"{path} is missing, or no plain file")
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

@@ -4,17 +4,19 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.base.files import locked, read_json, write_atomically
 from pipeline.base.launch import Launch
 from pipeline.config import Config
+from pipeline.config.arguments import NAME_PATTERN
 
 
 class RunError(Exception):
@@ -45,21 +47,25 @@ class RunFolder:
             write_atomically(self.path / "status.json", json.dumps(status, indent=1) + "\n")
 
 
-def slurm_run_name(environment: Mapping[str, str]) -> str | None:
-    """Return `slurm-<job id>`, or `slurm-<array id>_<task id>` in an array; None outside Slurm."""
-    if array := environment.get("SLURM_ARRAY_JOB_ID"):
-        return f"slurm-{array}_{environment.get('SLURM_ARRAY_TASK_ID', '0')}"
-    job = environment.get("SLURM_JOB_ID")
-    return f"slurm-{job}" if job else None
+def batch_run_name(environment: Mapping[str, str]) -> str | None:
+    """Return the name that slurm/train.sbatch gives to a run without one, after its job; None for any other training.
+
+    The id of the job alone is no name: all that is started in an allocation has it. Raises RunError for what is none.
+    """
+    name = environment.get("CONVOY_RUN_NAME") or None
+    if name is not None and not re.fullmatch(NAME_PATTERN, name):
+        raise RunError(f"CONVOY_RUN_NAME={name} is no name of a run; unset it, or set run.name")
+    return name
 
 
 def choose_run(config: Config, config_name: str, environment: Mapping[str, str], launch: Launch) -> RunFolder:
-    """Return the folder of this run: the one named, Slurm's, that of the same launch before a restart, or a new one.
+    """Return the folder of this run: the one named, the batch job's, that of the same launch before a restart, or a
+    new one.
 
     A default name belongs to one launch only: repeating the command without a name is a new run.
     """
     runs = Path(config.run.dir).absolute()
-    name = config.run.name or slurm_run_name(environment)
+    name = config.run.name or batch_run_name(environment)
     if name is not None:
         return RunFolder(runs / name)
     if config.run.resume == "must":
@@ -87,30 +93,40 @@ def _run_of_launch(runs: Path, launch: Launch) -> RunFolder | None:
 
 @contextmanager
 def training_lock(folder: RunFolder, *, patience: float = 0.0) -> Iterator[None]:
-    """Hold the lock while a training writes in the folder. Raises RunError that names the holder if there is one.
+    """Hold the lock while a training writes in the folder, which is made if it is not there.
 
-    Waits `patience` seconds for a holder to leave. A POSIX lock, which forked DataLoader workers do not inherit: it is
-    gone with the training itself.
+    Waits `patience` seconds for a holder to leave; raises RunError that names it if it does not. A POSIX lock, which
+    forked DataLoader workers do not inherit: it is gone with the training itself.
     """
-    wait_until_free(folder, patience)
-    with folder.lock.open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise RunError(
-                    f"{folder.path} cannot be locked against a second training ({error.strerror}): put run.dir on a "
-                    "filesystem that has POSIX locks"
-                ) from error
-            file.seek(0)
-            raise RunError(
-                f"run {folder.name} is being trained right now by {file.read().strip() or 'another process'}: wait "
-                "for it, stop it, or choose another run.name"
-            ) from None
+    with ExitStack() as stack:
+        is_held = False
+        while not is_held:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            wait_until_free(folder, patience)
+            with suppress(FileNotFoundError):  # who gives a new folder up removes it with its lock: once more then
+                file = stack.enter_context(folder.lock.open("a+"))
+                _lock(file, folder)
+                is_held = os.path.samestat(os.fstat(file.fileno()), folder.lock.stat())
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _lock(file: IO[str], folder: RunFolder) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise RunError(
+                f"{folder.path} cannot be locked against a second training ({error.strerror}): put run.dir on a "
+                "filesystem that has POSIX locks"
+            ) from error
+        file.seek(0)
+        raise RunError(
+            f"run {folder.name} is being trained right now by {file.read().strip() or 'another process'}: wait "
+            "for it, stop it, or choose another run.name"
+        ) from None
 
 
 def wait_until_free(folder: RunFolder, patience: float) -> None:

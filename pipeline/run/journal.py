@@ -10,12 +10,15 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+
+from pydantic import ValidationError
 
 from pipeline.base.credentials import without_credentials
-from pipeline.run.records import MetricRecord, Record, RunRecord, State
+from pipeline.base.logs import logger
+from pipeline.run.records import RECORD, MetricRecord, Record, RunRecord, State
 
 VERSION = 2
 NAME_LENGTH = 250
@@ -44,9 +47,10 @@ class Journal:
         self.state: State | None = None
         """State in the last status record: `running` if the attempt before was killed."""
         complete_bytes = 0
-        for record, end in iterate(path):
-            self._remember(record)
+        for line, begin, end in _complete_lines(path):
             complete_bytes = end
+            if record := _decode(line, path, begin):
+                self._remember(record)
         os.ftruncate(self._file, complete_bytes)
         self._unwritten = b""
 
@@ -133,19 +137,29 @@ def iterate(
 ) -> Iterator[tuple[Record, int]]:
     """Yield the complete records from byte `offset` to `end`, each with the offset behind it.
 
-    With `kinds`, or `keys` of metrics, only those: the others are not decoded, which is twenty times as fast. A line
-    without its end is being written, or was torn by a crash: it is left for the next reading. Raises ValueError naming
-    file and byte for a complete line that is no record.
+    With `kinds`, or `keys` of metrics, only those: the others are not decoded, which is twenty times as fast. A
+    damaged line is named in a warning and passed over. Raises ValueError for a record of a later version.
     """
     wanted = [f'"kind":"{kind}"'.encode() for kind in kinds] + [f'"key":{encode(key)}'.encode() for key in keys]
+    for line, begin, behind in _complete_lines(path, offset, end):
+        if wanted and not any(mark in line for mark in wanted):
+            continue
+        if record := _decode(line, path, begin):
+            yield record, behind
+
+
+def _complete_lines(path: Path, offset: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the lines from byte `offset` to `end`, each with where it begins and the offset behind it.
+
+    A line without its end is being written, or was torn by a crash: it is left for the next reading.
+    """
     with path.open("rb") as file:
         file.seek(offset)
         for line in file:
             if not line.endswith(b"\n") or (end is not None and offset >= end):
                 return
             begin, offset = offset, offset + len(line)
-            if not wanted or any(mark in line for mark in wanted):
-                yield _decode(line, path, begin), offset
+            yield line, begin, offset
 
 
 def last_moment(path: Path) -> int | None:
@@ -175,20 +189,29 @@ def _encode_line(record: Record) -> str:
     return encode(fields) + "\n"
 
 
-def _decode(line: bytes, path: Path, offset: int) -> Record:
+def _decode(line: bytes, path: Path, offset: int) -> Record | None:
+    """Return the record in a line; None for a damaged one."""
     try:
         fields = json.loads(line)
-        version, kind = fields.pop("v"), fields["kind"]
+        version = int(fields.pop("v"))
         if version == 1:
-            _upgrade(kind, fields)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path}, byte {offset}: not a journal record ({error})") from error
-    if version not in (1, VERSION):
-        raise ValueError(
-            f"{path}, byte {offset}: a record of version {version}, and this program knows 1 and {VERSION}: use the "
-            "version of Convoy that wrote it"
-        )
-    return cast(Record, fields)
+            _upgrade(fields["kind"], fields)
+        if version in (1, VERSION):
+            return RECORD.validate_python(fields)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        _warn(f"{path}, byte {offset}: a damaged line is passed over ({type(error).__name__}: {reason})")
+        return None
+    raise ValueError(
+        f"{path}, byte {offset}: a record of version {version}, and this program knows 1 and {VERSION}: use the "
+        "version of Convoy that wrote it"
+    )
+
+
+@cache
+def _warn(message: str) -> None:
+    """Log a warning once: a publisher reads the same lines again and again."""
+    logger.warning("%s", message)
 
 
 def _upgrade(kind: str, fields: dict[str, Any]) -> None:

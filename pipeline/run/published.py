@@ -5,11 +5,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
 from pipeline.base.credentials import without_credentials
 from pipeline.base.files import read_json, write_atomically
+from pipeline.base.logs import logger
 from pipeline.run.folder import RunFolder
+from pipeline.run.records import Count, PathInside
 
 EARLIER_NAMES = {"shown": "mlflow_state", "described": "described_state", "killed": "killed_attempt"}
+
+
+class StoreProgress(TypedDict, total=False):
+    """The content of published.json for one store."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    mlflow_run_id: str | None
+    mlflow_experiment_id: str | None
+    offsets: dict[PathInside, Count]
+    files_left: list[tuple[PathInside, Count]]
+
+
+STORE_PROGRESS = TypeAdapter(StoreProgress)
 
 
 class Progress:
@@ -19,7 +37,11 @@ class Progress:
         self._folder = folder
         self._path = folder.path / "published.json"
         self.store_uri = without_credentials(uri)
-        values = read_json(self._path).get(self.store_uri, {})
+        try:
+            values = STORE_PROGRESS.validate_python(read_json(self._path).get(self.store_uri, {}))
+        except ValidationError as error:
+            logger.warning("%s is damaged, all is published again: %s", self._path, error.errors()[0]["msg"])
+            values = {}
         self._values: dict[str, Any] = {EARLIER_NAMES.get(key, key): value for key, value in values.items()}
 
     def get(self, key: str) -> Any:
@@ -54,7 +76,7 @@ class Progress:
 
     def advance(self, path: Path, offset: int, with_file: int | None = None) -> None:
         """Store that all before `offset` is published; of the record at `with_file` all but its file."""
-        left, file = self._values.get("files_left", []), [self._name(path), with_file]
+        left, file = self._values.get("files_left", []), (self._name(path), with_file)
         if with_file is not None and file not in left:
             left = [*left, file]
         self.update(offsets=self._values.get("offsets", {}) | {self._name(path): offset}, files_left=left)
@@ -66,7 +88,7 @@ class Progress:
 
     def file_is_published(self, path: Path, offset: int) -> None:
         left = self._values.get("files_left", [])
-        self.update(files_left=[each for each in left if each != [self._name(path), offset]])
+        self.update(files_left=[each for each in left if each != (self._name(path), offset)])
 
     def paths(self) -> Iterator[Path]:
         """Yield the files that are published record by record: the journal, and the system metrics of each node."""

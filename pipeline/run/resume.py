@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.base.launch import Launch
 from pipeline.config import FIELDS, Config, may_change
-from pipeline.config.arguments import load_plain
+from pipeline.config.arguments import load_plain, show
 from pipeline.config.schema import FORMAT, field_of
 from pipeline.run.folder import RunError, RunFolder
 
@@ -25,7 +25,7 @@ def check_format(folder: RunFolder) -> None:
 
 
 def check_resumable(folder: RunFolder, config: Config, launch: Launch, *, has_checkpoint: bool) -> None:
-    """Raise RunError if the folder's format, `run.resume` or the folder's own config forbids going on in it.
+    """Raise RunError if the folder's format, `run.resume`, its config or what is missing in it forbids going on in it.
 
     What the same launch began before an elastic restart may always go on, and so may a job that Slurm starts again.
     """
@@ -47,6 +47,19 @@ def check_resumable(folder: RunFolder, config: Config, launch: Launch, *, has_ch
         raise RunError(
             f"run {folder.name} is another training: {'; '.join(changed)}. Choose another run.name, or go back to the "
             f"values of {folder.config}"
+        )
+    status = folder.status()
+    if is_finished(status, config):
+        if other := [change for change in changes(folder, config) if change[0].startswith("optim.")]:
+            raise RunError(
+                f"run {folder.name} is finished, and was trained with other settings: "
+                f"{'; '.join(map(_describe, other))}. Choose another run.name to train with these, or raise "
+                "train.epochs to train on"
+            )
+    elif not has_checkpoint and (step := status.get("global_step", 0)):
+        raise RunError(
+            f"the checkpoints of run {folder.name}, which was saved at step {step}, are gone from "
+            f"{folder.checkpoints}: put them back, or choose another run.name to begin anew"
         )
 
 
@@ -100,8 +113,12 @@ def _differences(saved: Mapping[str, Any], config: Config) -> list[tuple[str, An
 def _forbidden(differences: list[tuple[str, Any, Any]], config: Config) -> list[str]:
     """Return the differences in keys that a resumed run may not change, in words."""
     reproducible = config.train.reproducible
-    fixed = [change for change in differences if not may_change(change[0], reproducible=reproducible)]
-    return [f"{key} was {before}, is {now}" for key, before, now in fixed]
+    return [_describe(change) for change in differences if not may_change(change[0], reproducible=reproducible)]
+
+
+def _describe(change: tuple[str, Any, Any]) -> str:
+    key, before, now = change
+    return f"{key} was {show(before)}, is {show(now)}"
 
 
 def _read_config(folder: RunFolder) -> dict[str, Any]:

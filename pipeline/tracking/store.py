@@ -3,12 +3,11 @@
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.base.files import locked
+from pipeline.base.files import locked, sqlite_path, sqlite_uri
 from pipeline.run.folder import RunFolder
 from pipeline.run.published import Progress
 from pipeline.run.records import RunRecord, SweepInfo
@@ -35,7 +34,7 @@ class MlflowRun:
 
 def open_store(uri: str) -> MlflowClient:
     """Return a client of a store, which is made if it is an SQLite file that does not exist."""
-    database = _sqlite_path(uri)
+    database = sqlite_path(uri)
     if database is None:
         return MlflowClient(tracking_uri=uri)
     with locked(database.with_name(database.name + ".lock")):  # processes that create one at once would destroy it
@@ -44,7 +43,7 @@ def open_store(uri: str) -> MlflowClient:
             unfinished = database.with_name(f".creating-{database.name}")
             for path in (unfinished, unfinished.with_name(unfinished.name + "-journal")):
                 path.unlink(missing_ok=True)
-            MlflowClient(tracking_uri=f"sqlite:///{unfinished}")  # creates the tables
+            MlflowClient(tracking_uri=sqlite_uri(unfinished))  # creates the tables
             unfinished.replace(database)
         return MlflowClient(tracking_uri=uri)
 
@@ -88,7 +87,7 @@ def find_or_create_run(
 def _create_or_find_experiment(client: MlflowClient, uri: str, name: str) -> str:
     """Return the id of an experiment, made if there is none; in an SQLite store with its artifacts beside the file."""
     # wherever a server is started for the file; a server has a place of its own
-    database = _sqlite_path(uri)
+    database = sqlite_path(uri)
     location = None if database is None else (database.parent / "mlartifacts").as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=location))
@@ -97,11 +96,6 @@ def _create_or_find_experiment(client: MlflowClient, uri: str, name: str) -> str
         if experiment is None:
             raise
     return str(experiment.experiment_id)
-
-
-def _sqlite_path(uri: str) -> Path | None:
-    """Return the absolute path of the file of a `sqlite:///` URI; None for another URI."""
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute() if uri.startswith("sqlite:///") else None
 
 
 def set_status(client: MlflowClient, run_id: str, status: str, end_ms: int | None = None) -> None:

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
@@ -22,6 +23,8 @@ from pipeline.tracking.store import NOTE_TAG, MlflowRun
 
 KINDS_WITH_FILES = ("predictions", "evaluation", "model", "artifact", "status")
 TAG_LENGTH = 8000
+OWN_NOTE_TAG = "convoy.note"
+"""Digest of the description that was written here: another one is a person's, and stays."""
 _NOT_PUBLISHED = "the model is not published"
 _WAYS_OUT = "mend that and sync again, or remove the folder model/ to publish the run without it"
 RECIPE = "data.dataset model.name loss optim.name optim.lr optim.schedule data.global_batch_size train.epochs run.seed"
@@ -50,17 +53,28 @@ def upload(run: MlflowRun, record: Record, offset: int) -> None:
 
 
 def describe(run: MlflowRun) -> None:
-    """Show the run as it is now: its curves, and a description in a few words."""
+    """Show the run as it is now: its curves, and a description in a few words, unless a person has written another."""
     _log_figures(run, draw_history)
-    run.client.set_tag(run.id, NOTE_TAG, without_credentials(_description(run))[:TAG_LENGTH])
+    note = without_credentials(_description(run))[:TAG_LENGTH]
+    tags = run.client.get_run(run.id).data.tags
+    if NOTE_TAG not in tags or _digest(tags[NOTE_TAG]) == tags.get(OWN_NOTE_TAG):
+        # in one request: with one of them alone, the next description would be taken for a person's
+        run.client.log_batch(run.id, tags=[RunTag(OWN_NOTE_TAG, _digest(note)), RunTag(NOTE_TAG, note)])
     run.progress.update(described_state=run.progress.get("mlflow_state"))
 
 
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:16]
+
+
 def _log_file(run: MlflowRun, path: Path, place: str | None = None) -> None:
+    if not path.resolve().is_relative_to(run.folder.path.resolve()):
+        logger.warning("%s is a link out of the run folder: not logged", path)
+        return
     if not path.is_file():
         logger.warning("%s is gone: not logged", path.relative_to(run.folder.path))
         return
-    run.client.log_artifact(run.id, str(path), place)
+    run.client.log_artifact(run.id, str(path), None if place == "." else place)
     run.counts["files"] += 1
 
 
@@ -91,7 +105,7 @@ def _log_snapshot(run: MlflowRun, record: PredictionsRecord) -> None:
 
 def _log_model(run: MlflowRun, record: ModelRecord, offset: int) -> None:
     """Log the model of a training that has ended, unless a later training has replaced it."""
-    from pipeline.models.bundle import TRUST_VARIABLE, Bundle, BundleError  # imports torch: 3 s, which not all need
+    from pipeline.models.bundle import TRUST_VARIABLE, Bundle, BundleError, OwnCodeError  # imports torch: 3 s
 
     weights = run.folder.path / record["path"]
     if not weights.parent.is_dir():
@@ -106,6 +120,8 @@ def _log_model(run: MlflowRun, record: ModelRecord, offset: int) -> None:
     try:
         bundle = Bundle.open(weights.parent, record.get("description"))
         model = bundle.load(weights.stem, own_code=os.environ.get(TRUST_VARIABLE) == "1")
+    except OwnCodeError as error:
+        raise UploadError(f"{_NOT_PUBLISHED}: {error}") from error
     except BundleError as error:
         raise UploadError(f"{_NOT_PUBLISHED}: {error}; {_WAYS_OUT}") from error
     try:

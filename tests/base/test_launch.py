@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 
 import pytest
@@ -61,13 +62,6 @@ def test_a_world_of_another_size_than_was_granted_is_refused(world: str) -> None
         Launch.from_environment(environment | {"CONVOY_WORLD_SIZE": "16"})
 
 
-def test_tasks_of_srun_without_torchrun_are_refused() -> None:
-    with pytest.raises(ValueError, match="srun started 4 processes, not torchrun once on each node"):
-        Launch.from_environment({"SLURM_STEP_NUM_TASKS": "4"})
-    assert Launch.from_environment({"SLURM_STEP_NUM_TASKS": "1"}) == Launch()
-    assert Launch.from_environment(TORCHRUN | {"SLURM_STEP_NUM_TASKS": "4"}).world_size == 8
-
-
 def test_only_a_restart_or_a_requeue_may_meet_an_attempt_before_it() -> None:
     for environment, expected in (
         ({}, False),
@@ -110,3 +104,32 @@ def test_torchruns_default_run_id_becomes_that_of_the_agent() -> None:
     assert first == second  # as before and after an elastic restart: other processes of the same parent
     assert first.startswith(f"{socket.gethostname()}-{os.getpid()}-")
     assert first != own
+
+
+@pytest.mark.parametrize(
+    "name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE"]
+)
+def test_processes_of_another_launcher_do_not_train_each_by_itself(name: str) -> None:
+    assert Launch.from_environment({name: "1"}) == Launch()
+    assert Launch.from_environment(TORCHRUN | {name: "2"}).world_size == 8  # it started torchrun on two nodes
+    with pytest.raises(ValueError, match=f"started 4 processes .*{name}.*start torchrun once on each node"):
+        Launch.from_environment({name: "4"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SLURM_CPUS_ON_NODE", "2(x2)"),
+        ("SLURM_RESTART_COUNT", "once"),
+        ("CONVOY_WORLD_SIZE", "abc"),
+        ("WORLD_SIZE", "-1"),
+        ("TORCHELASTIC_MAX_RESTARTS", "1.5"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value}: accepted: a whole number >= 0")):
+        Launch.from_environment(TORCHRUN | {name: value})
+
+
+def test_an_empty_variable_is_as_none() -> None:
+    assert Launch.from_environment({"SLURM_CPUS_ON_NODE": "", "PMI_SIZE": ""}) == Launch()

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from torch.utils.data import DataLoader
 
 from pipeline.base import signals as preemption
-from pipeline.base.signals import SAME_REQUEST, SIGNALS, listen_for_stop
+from pipeline.base.signals import SAME_REQUEST, SIGNALS, kill_children, listen_for_stop
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(autouse=True)
+def _not_under_nohup() -> Iterator[None]:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def handlers() -> list[object]:
@@ -27,7 +38,16 @@ def test_a_signal_becomes_a_request(number: signal.Signals) -> None:
 
 
 def test_slurm_torchrun_and_people_are_listened_to() -> None:
-    assert set(SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+    assert set(SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
+
+
+def test_under_nohup_the_end_of_the_terminal_is_no_request() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with listen_for_stop() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == "SIGTERM"
 
 
 def test_the_handlers_of_before_are_restored() -> None:
@@ -93,3 +113,18 @@ def test_a_signal_passed_on_by_the_launcher_besides_is_the_same_request() -> Non
 def test_a_second_signal_of_another_kind_ends_the_process_by_itself() -> None:
     assert end_of_child(signal.SIGUSR1, signal.SIGTERM) == (0, signal.SIGTERM)
     assert end_of_child(signal.SIGTERM, signal.SIGINT) == (0, signal.SIGINT)
+
+
+def _kill_workers(rank: object) -> list[int | None]:
+    # sets torch's handler, which raises when a worker is killed
+    left = iter(DataLoader([0, 1], num_workers=2))  # type: ignore[arg-type]
+    workers = multiprocessing.active_children()
+    kill_children()
+    for worker in workers:
+        worker.join(10)
+    del left
+    return [worker.exitcode for worker in workers]
+
+
+def test_the_workers_that_are_left_are_killed_without_an_error() -> None:
+    assert run_ranks(1, _kill_workers) == [[-signal.SIGKILL] * 2]

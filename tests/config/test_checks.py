@@ -171,9 +171,7 @@ def test_a_model_that_reads_a_tensor_while_it_is_built_is_accepted() -> None:
     """Meta tensors hold no values: `.item()` of one raises, though nothing is wrong with the model."""
     assert problems_of("model.name=own_pets:rates") == []
     (message,) = problems_of("model.name=own_pets:rates", "model.arguments.rate=high")
-    assert message.startswith(
-        "data.image_size = 28: model.name=own_pets:rates cannot be built with model.arguments.rate"
-    )
+    assert message.startswith("model.name=own_pets:rates cannot be built with model.arguments.rate=high (TypeError: ")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +220,7 @@ def test_models_with_batch_statistics_are_refused_in_reproducible_mode_only() ->
 @pytest.mark.parametrize(
     ("setting", "start"),
     [
-        ("train.accumulate=2", "train.accumulate = 2: a reproducible step computes its virtual ranks one after"),
+        ("train.accumulate=2", "train.accumulate = 2: a reproducible step computes one virtual rank at a time"),
         ("train.compile=true", "train.compile = true: its result depends on which virtual ranks"),
         ("train.precision=fp16", "train.precision = fp16: its result depends on which virtual ranks"),
     ],
@@ -248,3 +246,36 @@ def test_checking_leaves_no_trace(tmp_path: Path) -> None:
     assert list(find_problems(resolve("data.dataset=mnist", "data.root=nowhere"), Launch())) == []
     assert torch.equal(torch.get_rng_state(), state)
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("127.0.0.1:5999", "accepted: a URI that starts with http, https"),
+        ("localhost", "accepted: a URI that starts with http, https"),
+        ("file:///tmp/mlruns", "accepted: a URI that starts with http, https"),
+        ("http://127.0.0.1:5999 ", "accepted: a URI without blanks around it"),
+        ("sqlite://mlflow.db", "names no file; accepted: sqlite:///relative/path.db"),
+        ("https:///x", "names no host; accepted: https://host:port"),
+    ],
+)
+def test_the_address_in_the_environment_is_checked_as_the_setting_is(
+    monkeypatch: pytest.MonkeyPatch, uri: str, reason: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (problem,) = find_problems(load_config(CommandLine(DEFAULT, (), dry_run=False)))
+    assert problem.message.startswith(f"MLFLOW_TRACKING_URI = {uri}: {reason}")
+    for settings in (("tracking.enabled=false",), ("tracking.uri=http://host:5000",)):
+        assert list(find_problems(load_config(CommandLine(DEFAULT, settings, dry_run=False)))) == []
+
+
+@pytest.mark.parametrize("uri", ["http://user:secret@host:5000", "databricks", "postgresql://u:p@host/db", ""])
+def test_an_address_that_may_work_is_taken(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert list(find_problems(load_config(CommandLine(DEFAULT, (), dry_run=False)))) == []
+
+
+def test_a_home_folder_is_expanded_in_paths_as_a_shell_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(CommandLine(DEFAULT, ("run.dir=~/runs", "data.root=~/data"), dry_run=False))
+    assert (config.run.dir, config.data.root) == ("/home/me/runs", "/home/me/data")

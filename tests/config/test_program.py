@@ -95,7 +95,7 @@ def test_a_dry_run_follows_the_settings(
 ) -> None:
     recipe = str(ROOT / "configs" / "mnist_lenet_5x5.yaml")
     settings = ["run.dir=elsewhere", "data.global_batch_size=7", "train.epochs=2", "train.precision=bf16"]
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("CONVOY_RUN_NAME", "slurm-17")
     assert main(["--config", recipe, "--dry-run", *settings]) == 0
     out = capsys.readouterr().out
     assert yaml.safe_load(out.split("model: ")[0])["data"]["global_batch_size"] == 7

@@ -71,7 +71,6 @@ WRONG_COMMAND_LINES = [
     (["checkpoint.every_steps=0"], ["checkpoint.every_steps = 0", "a whole number >= 1", "or null"]),
     (["tracking.close_timeout=-1"], ["tracking.close_timeout = -1", "a number >= 0"]),
     (["tracking.enabled=2"], ["tracking.enabled = 2", "true or false"]),
-    (["tracking.experiment="], ["tracking.experiment = ", "text"]),
     (["tracking.experiment=" + "x" * 251], ["tracking.experiment = xxx", "text"]),
     (["model.arguments.dropout=1"], ["model.arguments.dropout = 1", "a number >= 0 and < 1"]),
     (["model.arguments.dropout2d=-0.1"], ["model.arguments.dropout2d = -0.1", "a number >= 0 and < 1"]),
@@ -168,6 +167,10 @@ WRONG_COMMAND_LINES = [
     (["tracking.uri=file:///tmp/mlruns"], ["tracking.uri = file:///tmp/mlruns", "http, https, sqlite"]),
     (["tracking.uri=./mlruns"], ["tracking.uri = ./mlruns", "http, https, sqlite"]),
     (["tracking.uri=localhost:5000"], ["tracking.uri = localhost:5000", "http, https, sqlite"]),
+    (["tracking.uri=sqlite://mlflow.db"], ["tracking.uri = sqlite://mlflow.db", "names no file", "sqlite:///relative"]),
+    (["tracking.uri=http://"], ["tracking.uri = http://: names no host", "http://host:port"]),
+    (["tracking.uri= http://host "], ["tracking.uri =  http://host : accepted: a URI without blanks"]),
+    (["run.dir=~nobody-here/runs"], ["run.dir = ~nobody-here/runs"]),
     pytest.param(
         ["tracking.uri=http://[::1"],
         ["tracking.uri = http://[::1"],

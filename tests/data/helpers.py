@@ -16,7 +16,10 @@ CPU = torch.device("cpu")
 ALONE = Rank(0, 0, 1, 1, CPU, "none", 1)
 
 
-def listed(dataset: str = "digits", *, seed: int = 0, root: Path = Path("/nonexistent"), **settings: Any) -> Dataset:
+ABSENT = Path("/dev/null/absent")
+
+
+def listed(dataset: str = "digits", *, seed: int = 0, root: Path = ABSENT, **settings: Any) -> Dataset:
     return list_dataset(DataConfig(dataset=dataset, root=str(root), **settings), seed)
 
 

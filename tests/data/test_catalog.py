@@ -89,7 +89,7 @@ def test_listing_reads_nothing_and_tells_sizes_classes_and_normalisation(
     assert len(dataset.mean) == len(dataset.std) == dataset.channels
     assert "\n" not in dataset.origin
     assert dataset.files is None or "validation is the published test split" in dataset.origin
-    assert not Path("/nonexistent").exists()
+    assert not Path("/dev/null/absent").exists()
 
 
 def test_image_size_and_normalisation_of_the_config_replace_those_of_the_dataset() -> None:
@@ -112,7 +112,7 @@ def test_a_function_of_the_current_folder_is_a_dataset(own_module: str) -> None:
     dataset = loaded(listed(f"{own_module}:splits", seed=7, arguments={"sides": 9}))
     assert pixels(dataset.train).shape == (6, 3, 9, 9)
     assert int(pixels(dataset.train)[0, 0, 0, 0]) == 7
-    assert dataset.origin == "/nonexistent"
+    assert dataset.origin == "/dev/null/absent"
     assert [tensor.shape[-1] for tensor in tensors(loaded(listed(f"{own_module}:splits", image_size=4)))] == [
         4,
         6,

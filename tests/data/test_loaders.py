@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.base.timing import PhaseTimer
+from pipeline.data import loaders
 from pipeline.data.augment import Augment
 from pipeline.data.inputs import Inputs, Prepare
 from pipeline.data.loaders import Gather, Loader, ResidentLoader, StreamedLoader
@@ -101,3 +102,11 @@ def test_a_resident_split_is_no_part_of_what_a_module_saves() -> None:
         "normalize.scale",
         "normalize.shift",
     }
+
+
+@pytest.mark.parametrize("worker", [None, object()])
+def test_a_worker_gathers_into_shared_memory(monkeypatch: pytest.MonkeyPatch, worker: object) -> None:
+    monkeypatch.setattr(loaders, "get_worker_info", lambda: worker)
+    pixels, labels, _ = Gather(IMAGES, LABELS)[torch.arange(3)]
+    shared = [tensor.is_shared() for tensor in (pixels, labels)]  # type: ignore[no-untyped-call]
+    assert shared == [worker is not None] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -47,7 +48,8 @@ FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.lis
 @dataclass(frozen=True)
 class Fault:
     what: str
-    """kill, raise, exit, sleep, nan, fill (the disk of `path`, for 5 steps), or the name of a signal."""
+    """kill, kill worker, raise, exit, sleep, nan, fill (the disk of `path`, for 5 steps), or the name of
+    a signal."""
     where: str
     """Of PLACES; or `file`: a file operation in the save of a checkpoint, by rank 0."""
     at: int
@@ -93,6 +95,8 @@ def _strike(fault: Fault, arguments: tuple[Any, ...] = ()) -> None:
             raise ArithmeticError("the fault")
         case "exit":
             os._exit(3)
+        case "kill worker":
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         case "sleep":
             time.sleep(10_000)
         case "nan":

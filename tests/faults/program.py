@@ -10,12 +10,12 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tests.faults.inject import Fault, inject
-from train import agreement as ballot
+from train import agreement
 from train.main import main
 
 if __name__ == "__main__":
-    ballot.VOTE_EVERY = 0.05  # the trainings are short
+    agreement.VOTE_EVERY = 0.05  # the trainings are short
     described = json.loads(os.environ["CONVOY_FAULT"])
     if described is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        inject(Fault(**described | {"ranks": tuple(described["ranks"])}), int(os.environ["RANK"]))
+        inject(Fault(**described | {"ranks": tuple(described["ranks"])}), int(os.environ.get("RANK", "0")))
     sys.exit(main())

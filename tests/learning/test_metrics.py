@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from pipeline.data.inputs import Inputs
 from pipeline.learning.metrics import (
     Evaluation,
     EvaluationMeter,
+    Times,
     count_correct,
     find_straggler,
     mean_times,
@@ -91,8 +93,8 @@ def row(**milliseconds: float) -> list[float]:
     return [milliseconds.get(phase, 0.0) for phase in PHASES]
 
 
-def times(*rows: list[float]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.float64)
+def times(*rows: list[float]) -> Times:
+    return np.array(rows)
 
 
 def test_means_are_over_the_ranks_and_leave_out_phases_that_did_not_occur() -> None:

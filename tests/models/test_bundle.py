@@ -35,7 +35,7 @@ def test_it_is_read_as_it_was_written_before_there_are_weights(bundle: Bundle) -
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_weights_come_back_bit_for_bit_and_contiguous(bundle: Bundle, memory_format: torch.memory_format) -> None:
     model = bundle.spec.build().to(memory_format=memory_format)
-    bundle.save("final", model.state_dict())
+    bundle.save("final", model.state_dict(), 7)
     loaded = bundle.load_weights("final")
     assert loaded.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
@@ -46,13 +46,13 @@ def test_weights_come_back_bit_for_bit_and_contiguous(bundle: Bundle, memory_for
 def test_tensors_that_share_memory_and_other_types_are_saved_too(bundle: Bundle) -> None:
     flat = torch.arange(6.0)
     state = {"a": flat[:3], "b": flat[3:], "all": flat, "count": torch.tensor(7), "half": flat.to(torch.bfloat16)}
-    bundle.save("best", state)
+    bundle.save("best", state, 7)
     assert all(torch.equal(value, state[name]) for name, value in bundle.load_weights("best").items())
 
 
 def test_the_loaded_model_takes_pixels_and_answers_as_the_network_evaluates(bundle: Bundle) -> None:
     model = bundle.spec.build().eval()
-    bundle.save("best", model.state_dict())
+    bundle.save("best", model.state_dict(), 7)
     pixels = torch.randint(0, 256, (5, 3, 16, 16)).float()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (bundle.mean, bundle.std))
     loaded = bundle.load()
@@ -79,7 +79,7 @@ def forget_digest(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, flip, forget_digest])
 def test_damaged_weights_are_named(bundle: Bundle, damage: Callable[[Path], None]) -> None:
-    bundle.save("best", bundle.spec.build().state_dict())
+    bundle.save("best", bundle.spec.build().state_dict(), 7)
     damage(bundle.path("best"))
     with pytest.raises(BundleError, match=r"model/best\.safetensors is damaged"):
         bundle.load()
@@ -107,8 +107,10 @@ def test_a_missing_description_is_named(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_model_are_named(bundle: Bundle) -> None:
-    bundle.save("best", nn.Linear(2, 2).state_dict())
-    with pytest.raises(BundleError, match=r"best\.safetensors does not fit .*model\.json: Error.*\s+Missing key"):
+    bundle.save("best", nn.Linear(2, 2).state_dict(), 7)
+    with pytest.raises(
+        BundleError, match=r"best\.safetensors does not fit .*model\.json: RuntimeError: Error.*\s+Missing key"
+    ):
         bundle.load()
 
 
@@ -119,7 +121,7 @@ def test_code_in_the_weights_of_an_earlier_version_is_refused(bundle: Bundle) ->
 
 
 def test_a_full_disk_leaves_the_weights_there_were(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle.save("best", {"a": torch.zeros(2)})
+    bundle.save("best", {"a": torch.zeros(2)}, 7)
 
     def fail(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -127,7 +129,7 @@ def test_a_full_disk_leaves_the_weights_there_were(bundle: Bundle, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr("os.fsync", fail)
         with pytest.raises(OSError, match="No space left"):
-            bundle.save("best", {"a": torch.ones(2)})
+            bundle.save("best", {"a": torch.ones(2)}, 7)
     assert torch.equal(bundle.load_weights("best")["a"], torch.zeros(2))
     assert {path.name for path in bundle.folder.iterdir()} == {"model.json", "best.safetensors"}
 
@@ -142,9 +144,17 @@ def test_code_that_a_bundle_names_is_not_imported_unasked(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     bundle = Bundle(tmp_path / "model", ModelSpec("elsewhere:make", {}, 1, 2, 3), ("a", "b", "c"), (0.0,), (1.0,))
     bundle.write()
-    bundle.save("best", {"1.weight": torch.zeros(3, 4), "1.bias": torch.zeros(3)})
+    bundle.save("best", {"1.weight": torch.zeros(3, 4), "1.bias": torch.zeros(3)}, 7)
     with pytest.raises(OwnCodeError, match="elsewhere:make is code outside of Convoy"):
         Bundle.open(bundle.folder).load()
     assert not (tmp_path / "imported").exists()
     model = Bundle.open(bundle.folder).load(own_code=True)
     assert model(torch.zeros(2, 1, 2, 2)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("damage", [cut, forget_digest, Path.unlink])
+def test_weights_that_cannot_be_read_have_no_step(bundle: Bundle, damage: Callable[[Path], None]) -> None:
+    bundle.save("best", bundle.spec.build().state_dict(), 7)
+    assert bundle.step_of("best") == 7
+    damage(bundle.path("best"))
+    assert bundle.step_of("best") is None

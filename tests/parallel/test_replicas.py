@@ -45,7 +45,7 @@ def test_cpu_ranks_of_one_node_use_shared_memory_unless_a_backend_is_set(
 
 
 def test_a_node_without_room_for_shared_memory_uses_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_memory, "SHARED_MEMORY", Path("/nonexistent"))
+    monkeypatch.setattr(node_memory, "SHARED_MEMORY", Path("/dev/null/absent"))
     assert run_ranks(2, _describe, {}) == ["gloo"] * 2
 
 

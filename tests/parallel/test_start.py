@@ -17,7 +17,7 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 from pipeline.base.launch import Launch
 from pipeline.config.schema import TrainConfig
 from pipeline.parallel.rank import Rank
-from pipeline.parallel.start import choose_device, meet, num_threads, start_rank
+from pipeline.parallel.start import choose_device, cpu_quota, meet, num_threads, start_rank
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -170,3 +170,63 @@ def test_a_reproducible_training_has_one_thread_unless_set(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert num_threads(TrainConfig(**config), Launch(world_size=2, local_world_size=2)) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({}, None),
+        ({"proc/self/cgroup": "0::/\n"}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "300000 100000\n"}, 3),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "300000 100000\n",
+                "sys/fs/cgroup/a/b/cpu.max": "800000 100000\n",
+            },
+            3,
+        ),
+        (
+            {
+                "proc/self/cgroup": "9:name=systemd:/\n4:cpu,cpuacct:/docker/17\n3:cpuset:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000\n",  # a container sees its own group as the root
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/t\n",
+                "sys/fs/cgroup/cpu/t/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/t/cpu.cfs_period_us": "100000\n",
+            },
+            None,
+        ),
+    ],
+)
+def test_the_quota_of_a_container_is_found(tmp_path: Path, files: dict[str, str], quota: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu_quota(tmp_path) == quota
+
+
+def test_threads_are_at_most_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr("pipeline.parallel.start.cpu_quota", lambda: 6)
+    assert num_threads(TrainConfig(), Launch(local_world_size=2)) == 3
+    assert num_threads(TrainConfig(), Launch(local_world_size=2, num_cores=4)) == 2
+    monkeypatch.setattr("pipeline.parallel.start.cpu_quota", lambda: None)
+    assert num_threads(TrainConfig(), Launch(local_world_size=2)) == 32
+
+
+def _is_deterministic(rank: Rank, setting: str) -> bool:
+    with start_rank(Launch(), TrainConfig(device="cpu", threads=1, **{setting: True})):
+        return torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("reproducible", True), ("deterministic", True), ("compile", False)])
+def test_kernels_are_deterministic_where_that_is_set(setting: str, expected: bool) -> None:
+    assert run_ranks(1, _is_deterministic, setting) == [expected]

@@ -20,7 +20,8 @@ from pipeline.base.credentials import without_credentials
 from pipeline.base.files import locked
 from pipeline.base.launch import Launch
 from pipeline.config import FIELDS, CommandLine, Config, load_config, may_change
-from pipeline.run.folder import RunError, RunFolder, choose_run, is_being_trained, slurm_run_name, training_lock
+from pipeline.config.arguments import show
+from pipeline.run.folder import RunError, RunFolder, batch_run_name, choose_run, is_being_trained, training_lock
 from pipeline.run.resume import changes, check_format, check_resumable, check_same_training
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
@@ -35,27 +36,32 @@ def config_of(*settings: str) -> Config:
     ("environment", "name"),
     [
         ({}, None),
-        ({"SLURM_JOB_ID": ""}, None),
-        ({"SLURM_JOB_ID": "17"}, "slurm-17"),
-        ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}, "slurm-17_2"),
-        ({"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "0"}, "slurm-17_0"),
-        ({"SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}, None),
+        ({"CONVOY_RUN_NAME": ""}, None),
+        ({"CONVOY_RUN_NAME": "slurm-17_2"}, "slurm-17_2"),
+        ({"SLURM_JOB_ID": "17"}, None),  # all that is started in an allocation has it
+        ({"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2"}, None),
     ],
 )
-def test_the_name_under_slurm(environment: dict[str, str], name: str | None) -> None:
-    assert slurm_run_name(environment) == name
+def test_the_name_that_a_batch_job_gives(environment: dict[str, str], name: str | None) -> None:
+    assert batch_run_name(environment) == name
+
+
+@pytest.mark.parametrize("name", ["../mine", "a b", ".", "x" * 200])
+def test_a_name_of_a_batch_job_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(RunError, match=r"CONVOY_RUN_NAME=.* is no name of a run; unset it, or set run.name"):
+        batch_run_name({"CONVOY_RUN_NAME": name})
 
 
 def choose(tmp_path: Path, *settings: str, slurm: str | None = None, launch_id: str | None = None) -> RunFolder:
-    environment = {"SLURM_JOB_ID": slurm} if slurm else {}
+    environment = {"CONVOY_RUN_NAME": slurm} if slurm else {}
     return choose_run(
         config_of(f"run.dir={tmp_path / 'runs'}", *settings), "mnist", environment, Launch(run_id=launch_id)
     )
 
 
 def test_the_name_set_goes_before_slurms(tmp_path: Path) -> None:
-    assert choose(tmp_path, "run.name=mine", slurm="17").path == tmp_path / "runs" / "mine"
-    assert choose(tmp_path, slurm="17").path == tmp_path / "runs" / "slurm-17"
+    assert choose(tmp_path, "run.name=mine", slurm="slurm-17").path == tmp_path / "runs" / "mine"
+    assert choose(tmp_path, slurm="slurm-17").path == tmp_path / "runs" / "slurm-17"
     assert not (tmp_path / "runs").exists()  # a named folder is made only when it is taken
 
 
@@ -124,7 +130,7 @@ def test_a_name_goes_before_the_launch(tmp_path: Path) -> None:
 def test_must_without_a_name_asks_which(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"run\.resume = must.*run\.name"):
         choose(tmp_path, "run.resume=must", launch_id="launch-1")
-    assert choose(tmp_path, "run.resume=must", slurm="17").name == "slurm-17"
+    assert choose(tmp_path, "run.resume=must", slurm="slurm-17").name == "slurm-17"
 
 
 def begun(tmp_path: Path, *settings: str) -> RunFolder:
@@ -195,7 +201,7 @@ def test_another_training_in_the_same_folder_is_refused(tmp_path: Path, key: str
     with pytest.raises(RunError) as caught:
         check_resumable(folder, now, Launch(), has_checkpoint=True)
     message = str(caught.value)
-    was, is_now = (json.loads(json.dumps(config.flat().get(key, "not set"))) for config in (before, now))
+    was, is_now = (show(config.flat().get(key, "not set")) for config in (before, now))
     assert "run mine is another training" in message
     assert f": {key} was {was}, is {is_now}. Choose another run.name" in message
     assert str(folder.config) in message
@@ -502,3 +508,28 @@ def test_the_files_of_a_run_are_where_the_contract_says(tmp_path: Path) -> None:
     names = ["config.yaml", "journal.jsonl", "checkpoints", "figures", "model"]
     assert [str(place.relative_to(tmp_path / "mine")) for place in places] == names
     assert folder.name == "mine"
+
+
+def finished(tmp_path: Path, *settings: str) -> RunFolder:
+    folder = begun(tmp_path, *settings)
+    folder.update_status(state="finished", epoch=20, global_step=900)
+    return folder
+
+
+def test_a_finished_run_is_not_taken_for_one_with_another_optimizer_setting(tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    with pytest.raises(
+        RunError, match=r"finished, and was trained with other settings: optim\.lr was 1\.0, is 0\.1\. Ch"
+    ):
+        check_resumable(folder, config_of("optim.lr=0.1"), Launch(), has_checkpoint=True)
+    for settings in (("train.threads=1", "train.log_every=5"), ("optim.lr=0.1", "train.epochs=30")):
+        check_resumable(folder, config_of(*settings), Launch(), has_checkpoint=True)
+
+
+def test_checkpoints_that_are_gone_are_not_a_new_beginning(tmp_path: Path) -> None:
+    folder = begun(tmp_path / "one")
+    check_resumable(folder, config_of(), Launch(), has_checkpoint=False)  # killed before its first checkpoint
+    folder.update_status(state="failed", global_step=45)
+    with pytest.raises(RunError, match=r"the checkpoints of run mine, which was saved at step 45, are gone from .*put"):
+        check_resumable(folder, config_of(), Launch(), has_checkpoint=False)
+    check_resumable(finished(tmp_path), config_of(), Launch(), has_checkpoint=False)  # it needs none

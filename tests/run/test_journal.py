@@ -129,12 +129,46 @@ def test_a_torn_line_is_left_by_the_reader_and_cut_by_the_writer(path: Path, tea
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", [b"not json\n", b"\n", b'{"v":2\n', b"\0\0\n"])
-def test_a_complete_line_that_is_no_record_is_named_with_its_place(path: Path, line: bytes) -> None:
+POINT = '"v":2,"kind":"metric","key":"a","value":1.0,"step":1,"timestamp_ms":1'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        "",
+        '{"v":2',
+        "\0\0",
+        "[1,2]",
+        "[" * 200_000,
+        "{}",
+        '{"v":"two","kind":"metric"}',
+        '{"v":2,"kind":"dream"}',
+        '{"v":2,"kind":"metric","key":"a"}',
+        f"{{{POINT}}}".replace("1.0", '"much"'),
+        f"{{{POINT}}}".replace('"step":1', '"step":99999999999999999999'),
+        f"{{{POINT}}}".replace('"timestamp_ms":1', '"timestamp_ms":-7'),
+        '{"v":2,"kind":"status","state":"resting","timestamp_ms":1}',
+        '{"v":2,"kind":"artifact","path":"../../x"}',
+        '{"v":2,"kind":"artifact","path":"/etc/passwd"}',
+        '{"v":2,"kind":"params","values":[]}',
+    ],
+)
+def test_a_damaged_line_is_passed_over_by_name_and_hides_nothing(
+    path: Path, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = some_records(path)
-    path.write_bytes(whole + line + whole)
-    with pytest.raises(ValueError, match=f"journal.jsonl, byte {len(whole)}: not a journal record"):
-        read_journal(path)
+    path.write_bytes(whole + line.encode() + b"\n" + whole)
+    records, end = read_journal(path)
+    assert len(records) == 12
+    assert end == path.stat().st_size
+    read_journal(path)
+    named = [message for message in caplog.messages if message.startswith(f"{path}, byte {len(whole)}: a damaged line")]
+    assert len(named) == 1  # however often it is read
+    journal = Journal(path)
+    journal.append({"kind": "tags", "values": {"a": "b"}})
+    journal.close()
+    assert len(read_journal(path)[0]) == 13
 
 
 def test_a_point_recorded_is_not_recorded_again(path: Path) -> None:

@@ -239,6 +239,7 @@ def test_the_last_element_of_an_array_requeues_itself_and_not_the_array(job: Job
     assert job.run() == 0
     assert job.requeued() == ["17_2"]
     assert "requeueing job 17_2" in job.log("17_2")
+    assert "CONVOY_RUN_NAME=slurm-17_2\n" in (job.folder / "dry_run_environment").read_text()
 
 
 def test_what_a_job_inherits_of_the_job_that_submitted_it_is_not_its_own(job: Job) -> None:

@@ -35,7 +35,7 @@ class Run:
         self.bundle = Bundle(self.folder.model, ModelSpec(MODEL, {}, 1, 4, 3), ("a", "b", "c"), (0.5,), (0.5,))
         self.bundle.write()
         torch.manual_seed(len(name) + ord(name[0]))
-        self.bundle.save("best", self.bundle.spec.build().state_dict())
+        self.bundle.save("best", self.bundle.spec.build().state_dict(), 7)
         self.journal = Journal(self.folder.journal)
         self.journal.append(run_record(name))
         self.journal.status("running")
@@ -151,8 +151,8 @@ def test_a_model_whose_metric_is_not_finite_is_registered_and_no_champion(tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("best.safetensors", None, "best.safetensors is gone; put it back"),
-        ("best.safetensors", b"other bytes", "best.safetensors is not as it was written; put it back"),
+        ("best.safetensors", None, "best.safetensors is gone; mend that and sync again, or remove the folder model/"),
+        ("best.safetensors", b"other bytes", "best.safetensors is not as it was written; mend that and sync again"),
         ("model.json", None, "model.json cannot be read: No such file"),
         ("model.json", b"{}", "model.json is damaged"),
     ],
@@ -185,7 +185,7 @@ def test_a_model_that_a_later_training_replaced_is_not_missed(tmp_path: Path, ur
     run.record()
     run.journal.status("finished")
     run.journal.status("running")
-    run.bundle.save("best", {key: value + 1 for key, value in run.bundle.load_weights("best").items()})
+    run.bundle.save("best", {key: value + 1 for key, value in run.bundle.load_weights("best").items()}, 7)
     run.record()
     run.journal.status("finished")
     publisher = Publisher(run.folder, uri)
@@ -256,7 +256,7 @@ def test_a_model_that_cannot_be_built_or_exported_holds_up_nothing(
     run = Run(tmp_path, "one", **{"eval/accuracy": 0.75})
     replace(run.bundle, spec=ModelSpec(f"{__name__}:{model}", {}, 1, 4, 3)).write()
     if model == "unexportable":
-        run.bundle.save("best", unexportable(1, 4, 3).state_dict())
+        run.bundle.save("best", unexportable(1, 4, 3).state_dict(), 7)
     run.record()
     run.journal.append({"kind": "artifact", "path": "config.yaml"})
     run.journal.status("finished")

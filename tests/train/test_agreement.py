@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pipeline.parallel.rank import Rank
+from tests.faults.trainings import SMALL
 from tests.ranks import run_ranks
+from tests.train.helpers import config_of, make_trainer
 from train.agreement import VOTE_EVERY, Agreement, Decision
 
 STEP = 0.01
@@ -94,3 +98,15 @@ def test_a_save_that_was_decided_is_not_asked_for_again_in_the_same_step() -> No
         if agreement.after_step(stop=False, save=wants).save:
             saves, wants = saves + 1, False
     assert saves == 1
+
+
+def _stopped_evaluation(rank: Rank) -> Any:
+    trainer, _ = make_trainer(rank, config_of(*SMALL))
+    for _ in range(1000):  # so quick that votes are far apart
+        trainer.agreement.after_step(stop=False)
+    trainer.stop.ask("the test")
+    return trainer.run_evaluation(trainer.evaluator)
+
+
+def test_an_evaluation_whose_batches_take_longer_than_steps_hears_a_request_at_once() -> None:
+    assert run_ranks(1, _stopped_evaluation) == [None]

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from pipeline.base.launch import Launch
 from pipeline.config.schema import DataConfig
 from pipeline.data.build import list_dataset
 from pipeline.data.samples import DataError, Dataset, PixelSamples
@@ -15,12 +23,13 @@ from pipeline.models.bundle import Bundle
 from pipeline.parallel.rank import Rank
 from pipeline.run.folder import RunFolder
 from tests.base.disk import Event, record_disk
-from tests.faults.trainings import records, settings_of, state, train_as_rank
+from tests.faults.trainings import ROOT, STEPS_PER_EPOCH, records, settings_of, state, train_as_rank
 from tests.ranks import RankFailed, run_ranks
 from tests.train.helpers import config_of
 from tests.train.test_resume import run
 from train import main
 from train.attempt import attempt
+from train.attempt.claim import Invocation
 from train.attempt.finish import evaluate_test_split
 from train.output import FolderOutput, Outcome
 from train.trainer import Trainer
@@ -169,21 +178,120 @@ def test_a_resumed_run_keeps_what_its_model_was_made_for(tmp_path: Path, setting
         run(tmp_path, "data.mean=[0.5]", "data.std=[0.5]", setting, world_size=1)
 
 
-def test_a_source_whose_classes_have_other_names_is_another_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("field", "value"), [("classes", tuple("abcdefghij")), ("mean", (0.25,)), ("std", (0.75,))])
+def test_a_source_of_other_classes_or_another_normalisation_is_another_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: Any
 ) -> None:
     run(tmp_path, at_step=5, to=(0,), world_size=1)
-    monkeypatch.setattr(main, "list_dataset", renamed_classes)
-    with pytest.raises(RankFailed, match=r"is another training: classes was"):
+    changed = {field: value}
+    monkeypatch.setattr(main, "list_dataset", lambda config, seed: replace(list_dataset(config, seed), **changed))
+    with pytest.raises(RankFailed, match=f"is another training: {field} was"):
         run(tmp_path, world_size=1)
-
-
-def renamed_classes(config: DataConfig, seed: int) -> Dataset:
-    listed = list_dataset(config, seed)
-    return replace(listed, classes=tuple(f"other {name}" for name in listed.classes))
 
 
 def test_numbers_written_in_another_way_are_the_same_setting(tmp_path: Path) -> None:
     run(tmp_path, "model.arguments.dropout=0.10", at_step=5, to=(0,), world_size=1)
     run(tmp_path, "model.arguments.dropout=1e-1", world_size=1)
     assert state(tmp_path)["state"] == "finished"
+
+
+BY_LOSS = ("checkpoint.metric=eval/loss", "train.epochs=2")
+
+
+def _die_at_the_second_best(self: FolderOutput, weights: Mapping[str, torch.Tensor], step: int) -> bool:
+    if self.bundle.step_of("best") is not None:
+        os._exit(9)
+    return save_best(self, weights, step)
+
+
+save_best = FolderOutput.save_best
+
+
+def logged_model(folder: Path) -> tuple[int, str]:
+    return [(record["step"], record["sha256"]) for record in records(folder) if record["kind"] == "model"][-1]
+
+
+@pytest.mark.parametrize("trains_on", [False, True])
+def test_best_weights_that_a_kill_kept_from_being_written_are_written_by_the_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trains_on: bool
+) -> None:
+    settings = (*BY_LOSS, *(("train.epochs=4", "optim.lr=1e-12") if trains_on else ()))
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderOutput, "save_best", _die_at_the_second_best)
+        with pytest.raises(RankFailed):
+            run(tmp_path, *BY_LOSS, world_size=1)
+    run(tmp_path, *settings, world_size=1)
+    run(tmp_path / "undisturbed", *BY_LOSS, world_size=1)
+    ours, theirs = (Bundle.open(folder / "run" / "model") for folder in (tmp_path, tmp_path / "undisturbed"))
+    assert ours.step_of("best") == theirs.step_of("best") == 2 * STEPS_PER_EPOCH
+    assert all(torch.equal(ours.load_weights("best")[key], value) for key, value in theirs.load_weights("best").items())
+    assert logged_model(tmp_path) == logged_model(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_best_weights_that_somebody_removed_are_restored_or_count_no_more(tmp_path: Path, kept: int) -> None:
+    """From the checkpoint of that step, if it is kept."""
+    settings = (*BY_LOSS, "train.epochs=1", f"checkpoint.keep_best={kept}", "checkpoint.keep=1")
+    run(tmp_path, *settings, world_size=1)
+    best = Bundle.open(tmp_path / "run" / "model")
+    before = best.load_weights("best")
+    worse = ("train.epochs=3", "optim.lr=0.5")
+    best.path("best").unlink()
+    with pytest.raises(RankFailed):  # behind some steps that make it worse
+        run(tmp_path, *settings, *worse, world_size=1, at_step=STEPS_PER_EPOCH + 5, send=signal.SIGKILL, to=(0,))
+    if kept:
+        assert all(torch.equal(value, before[key]) for key, value in best.load_weights("best").items())
+    best.path("best").unlink(missing_ok=True)
+    run(tmp_path, *settings, *worse, world_size=1)
+    assert best.step_of("best") == logged_model(tmp_path)[0]
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_journal_that_was_lost_beside_its_checkpoints_is_told_and_recorded(tmp_path: Path, emptied: bool) -> None:
+    run(tmp_path, "train.epochs=1", world_size=1)
+    journal = tmp_path / "run" / "journal.jsonl"
+    journal.write_bytes(b"") if emptied else journal.unlink()
+    run(tmp_path, "train.epochs=2", world_size=1)
+    tags = {key: value for r in records(tmp_path) if r["kind"] == "tags" for key, value in r["values"].items()}
+    assert tags["journal"] == f"lost up to step {STEPS_PER_EPOCH}"
+    (step,) = (step for step, _ in values(tmp_path, "eval/accuracy"))
+    assert step == 2 * STEPS_PER_EPOCH
+
+
+def test_a_stop_is_recorded_when_the_metrics_of_all_nodes_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close_late(self: attempt.Attempt) -> None:
+        if self.rank.rank == 1:
+            time.sleep(1.0)
+            (tmp_path / "closed").touch()
+
+    end = FolderOutput.end
+
+    def end_behind(self: FolderOutput, *how: Any) -> None:
+        assert (tmp_path / "closed").exists()
+        end(self, *how)
+
+    monkeypatch.setattr(attempt.Attempt, "close_monitor", close_late)
+    monkeypatch.setattr(FolderOutput, "end", end_behind)
+    run(tmp_path, at_step=5)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "seconds"), [("finished", 99.0), ("preempted", attempt.PREEMPTED_TIMEOUT), (None, 99.0)]
+)
+def test_who_asks_to_stop_need_not_wait_for_all_to_be_published(tmp_path: Path, outcome: Any, seconds: float) -> None:
+    waited: list[float] = []
+    publisher: Any = SimpleNamespace(wait=lambda limit: waited.insert(0, limit))
+    call = Invocation(config_of("tracking.close_timeout=99"), "default", Launch(), ROOT)
+    nothing: Any = None
+    output = FolderOutput(RunFolder(tmp_path), nothing, nothing, nothing)
+    attempt.Attempt(call, nothing, tmp_path, False, None, output, outcome=outcome, publisher=publisher).close()
+    assert waited == [seconds]
+
+
+def test_the_wrong_predictions_that_are_shown_are_the_most_confident(tmp_path: Path) -> None:
+    run(tmp_path, "train.epochs=1", world_size=1)
+    shown = np.load(tmp_path / "run" / "evaluation" / f"step-{STEPS_PER_EPOCH:08d}.npz")["wrong_confidence"]
+    assert len(shown) > 1
+    assert (np.diff(shown) <= 0).all()

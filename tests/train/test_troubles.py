@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.run.folder import RunError, RunFolder
 from pipeline.run.resume import check_same_training
@@ -53,7 +54,7 @@ def test_a_checkpoint_is_saved_by_the_clock_too(tmp_path: Path) -> None:
     ("saved", "digest", "message"),
     [
         ({"model.name": "lenet_5x5"}, "same", "model.name was lenet_5x5, is convnet"),
-        ({"data.mean": [0.5]}, "same", "data.mean was [0.5], is None"),
+        ({"data.mean": [0.5]}, "same", "data.mean was [0.5], is null"),
         ({}, "other", "digits has other images or labels (digest other, now same)"),
     ],
 )
@@ -70,5 +71,19 @@ def test_a_checkpoint_of_another_training_is_refused(
 def test_threads_matter_to_a_reproducible_run_only(tmp_path: Path) -> None:
     folder, saved = RunFolder(tmp_path / "run"), config_of("train.reproducible=true").flat()
     check_same_training(folder, config_of("train.threads=2"), config_of().flat(), "", "")
-    with pytest.raises(RunError, match=r"train\.threads was None, is 2"):
+    with pytest.raises(RunError, match=r"train\.threads was null, is 2"):
         check_same_training(folder, config_of("train.reproducible=true", "train.threads=2"), saved, "", "")
+
+
+def without_a_value(channels: int, image_size: int, num_classes: int) -> torch.nn.Module:
+    linear = torch.nn.Linear(channels * image_size**2, num_classes)
+    torch.nn.init.constant_(linear.weight, torch.nan)
+    return torch.nn.Sequential(torch.nn.Flatten(), linear)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_training_none_of_whose_steps_changed_the_weights_has_failed(tmp_path: Path, world_size: int) -> None:
+    settings = (f"model.name={__name__}:without_a_value", "loss=cross_entropy", "data.global_batch_size=203")
+    end = train_forked(tmp_path, world_size, *settings)
+    assert "the gradients of all 2 steps were not finite" in str(end.failure)
+    assert state(tmp_path)["state"] == "failed"

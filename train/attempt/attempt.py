@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.base.files import sqlite_uri
 from pipeline.base.launch import Launch
 from pipeline.base.logs import logger
 from pipeline.base.signals import StopRequest
@@ -20,7 +21,7 @@ from pipeline.run.checkpoint import TrainingState
 from pipeline.run.folder import RunError
 from pipeline.run.published import Progress
 from pipeline.run.sweep import read_sweep_folder
-from train.attempt.begin import begin_attempt, tracking_uri
+from train.attempt.begin import begin_attempt, restore_best, tracking_uri
 from train.attempt.claim import Claim, Invocation, claim_run
 from train.attempt.finish import evaluate_test_split, record_stop, write_results
 from train.attempt.sidecars import MonitorProcess, start_publisher
@@ -42,6 +43,8 @@ class Attempt:
     """Whether nothing is left to train."""
     claim: Claim | None
     output: RunOutput = field(default_factory=RunOutput)
+    state: TrainingState | None = None
+    """The checkpoint to continue from, on rank 0."""
     outcome: Outcome | None = None
     dataset: Dataset | None = None
     publisher: subprocess.Popen[bytes] | None = None
@@ -65,14 +68,14 @@ class Attempt:
         if self.rank.local_rank == 0 and tracking.system_every > 0:
             self.monitor = MonitorProcess(self.folder, tracking.system_every)
         # tensor by tensor: one pickle of all would go through the memory of every GPU
-        found = vars(self.claim.state) if self.claim and self.claim.state else None
-        state = self.rank.broadcast_state(found)
+        state = self.rank.broadcast_state(vars(self.state) if self.state else None)
         return TrainingState(**state) if state else None
 
     def _begin(self) -> None:
         assert self.claim is not None and self.dataset is not None
         try:
-            self.output = begin_attempt(self.call, self.claim, self.rank, self.dataset)
+            self.output = output = begin_attempt(self.call, self.claim, self.rank, self.dataset)
+            self.state = self.claim.state and restore_best(output, self.claim.state)
         except OSError as error:
             raise _cannot_write(error) from error
         if self.call.config.tracking.enabled:
@@ -163,7 +166,10 @@ def open_attempt(call: Invocation, rank: Rank) -> Iterator[Attempt]:
         folder, is_finished = rank.run_on_main(claim)
         attempt = Attempt(call, rank, folder, is_finished, claims[0] if claims else None)
         if is_finished and attempt.claim:
-            advice, epochs = "raise train.epochs to go on, or choose another run.name", attempt.claim.position.epoch
+            advice, epochs = (
+                "raise train.epochs to go on, or choose another run.name",
+                attempt.claim.folder.status().get("epoch", 0),
+            )
             logger.info("run %s is finished (%d epochs) and left as it is; %s", folder.name, epochs, advice)
             if call.config.tracking.enabled and not Progress(attempt.claim.folder, attempt.uri).is_complete():
                 logger.info(
@@ -193,14 +199,25 @@ def describe_opening(folder: Path, config: Config, progress: Progress, *, publis
     """Return how to look at the run, or how to publish what is missing."""
     uri, ids = progress.store_uri, (progress.get("mlflow_experiment_id"), progress.get("mlflow_run_id"))
     if not published:
-        rest = sync_command(folder, config)
-        return f"MLflow at {uri} has not everything yet; nothing is lost, publish the rest with: {rest}"
+        rest, why = sync_command(folder, config), find_trouble(folder / "publisher.log")
+        return f"MLflow at {uri} has not everything yet{why}; nothing is lost, publish the rest with: {rest}"
     page = f"#/experiments/{ids[0]}/runs/{ids[1]}?workflowType=machine_learning"
     if uri.startswith("http"):
         return f"look at the run: {uri.rstrip('/')}/{page}"
-    is_default = uri == f"sqlite:///{Path('mlflow.db').absolute()}"  # what a bare `mlflow server` opens
+    is_default = uri == sqlite_uri(Path("mlflow.db"))  # what a bare `mlflow server` opens
     store = "" if is_default else f" --backend-store-uri {shlex.quote(uri)}"
     return f"look at the run: mlflow server{store}, then open http://127.0.0.1:5000/{page}"
+
+
+def find_trouble(log: Path) -> str:
+    """Return the last reason in a publisher's log why something is not published, in brackets; empty if it has none."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    marks = ("will be tried again: ", "is not published: ")
+    found = [line.partition(mark)[2] for line in lines for mark in marks if mark in line]
+    return f" ({found[-1]})" if found else ""
 
 
 def report_failure(error: Exception, launch: Launch, stop: StopRequest) -> int:

@@ -4,22 +4,21 @@ import os
 import shlex
 import sys
 import uuid
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import IO
 
 import numpy as np
 import torch
 
 from pipeline.base.credentials import without_credentials
-from pipeline.base.files import write_atomically
+from pipeline.base.files import sqlite_path, sqlite_uri, write_atomically
 from pipeline.base.logs import logger
 from pipeline.base.provenance import collect_provenance
 from pipeline.config import Config
 from pipeline.data.samples import Dataset
 from pipeline.models.bundle import CONTENT, Bundle, BundleError
 from pipeline.parallel.rank import Rank
-from pipeline.run.checkpoint import Checkpoints
+from pipeline.run.checkpoint import CheckpointError, Checkpoints, TrainingState
 from pipeline.run.folder import RunError, RunFolder
 from pipeline.run.journal import now_ms
 from pipeline.run.records import DatasetRecord, Record, RunRecord
@@ -36,20 +35,19 @@ def begin_attempt(call: Invocation, claim: Claim, rank: Rank, dataset: Dataset) 
     Raises RunError, before anything is written, if the checkpoint belongs to another training.
     """
     config, folder = call.config, claim.folder
-    if claim.state is not None:
-        identity = claim.state.identity
-        check_same_training(folder, config, identity.config, identity.dataset_digest, dataset.digest)
+    _check_same_training(claim, config, dataset)
     journal, position = claim.open_journal(), claim.position
     bundle = Bundle(folder.model, build_spec(config, dataset), dataset.classes, dataset.mean, dataset.std)
     _check_same_model(bundle, claim)
     bundle.write()
     run_id = journal.run_id or (claim.state.identity.run_id if claim.state else uuid.uuid4().hex)
     prefix = f"attempt.{journal.num_attempts + 1}." if journal.run_id else ""
-    saved_step = position.global_step if claim.state else None
-    output = FolderOutput(folder, journal, Checkpoints(config.checkpoint, folder), bundle, run_id, prefix, saved_step)
+    checkpoints, saved_step = Checkpoints(config.checkpoint, folder), position.global_step if claim.state else None
+    output = FolderOutput(folder, journal, checkpoints, bundle, run_id, prefix, saved_step)
     _write_snapshot_images(folder, dataset)
     tags, where = _tags(call, rank), os.path.relpath(folder.path)
     if journal.run_id is None:
+        tags |= {"journal": f"lost up to step {saved_step}"} if claim.state else {}
         journal.append(*_new_run(config, folder, dataset, bundle, run_id), {"kind": "tags", "values": tags})
         logger.info("run %s: %s", folder.name, where)
     else:
@@ -70,6 +68,27 @@ def begin_attempt(call: Invocation, claim: Claim, rank: Rank, dataset: Dataset) 
     )
     output.begin({"host": tags["host"], "ranks": tags["world_size"]})
     return output
+
+
+def restore_best(output: FolderOutput, state: TrainingState) -> TrainingState:
+    """Write the best weights again where their file is not of the step of the best evaluation: an attempt was killed
+    before it wrote them, or somebody removed them. Return the state, without a best if its weights are lost."""
+    if state.best is None or output.bundle.step_of("best") == state.best.global_step:
+        return state
+    step = state.best.global_step
+    try:
+        of_best = state if state.position.global_step == step else output.checkpoints.load(step)
+    except CheckpointError:
+        logger.warning("the best weights, of step %d, are lost: from here on the best of what follows counts", step)
+        return replace(state, best=None)
+    output.save_best(of_best.model, step)
+    return state
+
+
+def _check_same_training(claim: Claim, config: Config, dataset: Dataset) -> None:
+    if claim.state is not None:
+        identity = claim.state.identity
+        check_same_training(claim.folder, config, identity.config, identity.dataset_digest, dataset.digest)
 
 
 def _check_same_model(bundle: Bundle, claim: Claim) -> None:
@@ -95,7 +114,7 @@ def _new_run(config: Config, folder: RunFolder, dataset: Dataset, bundle: Bundle
         "kind": "run",
         "run_id": run_id,
         "name": folder.name,
-        "experiment": config.tracking.experiment,
+        "experiment": config.tracking.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "convoy",
         "tracking_uri": uri,
         # as one would type it again
         "command": without_credentials(shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]])),
@@ -144,6 +163,5 @@ def _write_snapshot_images(folder: RunFolder, dataset: Dataset) -> None:
 def tracking_uri(config: Config) -> str:
     """Return tracking.uri, else MLFLOW_TRACKING_URI, else the SQLite file that a bare `mlflow server` opens here."""
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    return uri
+    path, (_, mark, options) = sqlite_path(uri), uri.partition("?")
+    return uri if path is None or uri.startswith("sqlite:////") else sqlite_uri(path) + mark + options

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.base.launch import Launch
+from pipeline.base.logs import logger
 from pipeline.config import Config
 from pipeline.run.checkpoint import Checkpoints, Position, TrainingState
 from pipeline.run.folder import RunError, RunFolder, choose_run, training_lock
@@ -50,6 +51,9 @@ class Claim:
         """Open the journal, or make it; return it. Raises RunError if it is of another run than the checkpoint."""
         journal = Journal(self.folder.journal)
         known = self.state.identity.run_id if self.state else None
+        if known is not None and journal.run_id is None:
+            step = self.position.global_step
+            logger.warning("the journal of %s is lost: its curves up to step %d are gone", self.folder.name, step)
         if known is not None and journal.run_id not in (None, known):
             raise RunError(
                 f"the checkpoints in {self.folder.checkpoints} are of run {known}, the journal beside them is of "
@@ -60,35 +64,43 @@ class Claim:
     def give_up(self) -> None:
         """Remove the folder if it was made for this attempt and nothing was recorded in it."""
         if self.is_new:
-            with suppress(OSError):
-                if list(self.folder.path.iterdir()) == [self.folder.lock]:
-                    self.folder.lock.unlink()
-                    self.folder.path.rmdir()
-                    if self.is_first:
-                        self.folder.path.parent.rmdir()
+            _remove_unused(self.folder, with_parent=self.is_first)
 
 
 def claim_run(call: Invocation, stack: ExitStack) -> Claim:
-    """Take the run folder; `stack` holds its lock. Raises RunError where that is refused, with the folder as it was."""
+    """Take the run folder; `stack` holds its lock. Raises RunError where that is refused, with the folder as it was.
+
+    The lock comes before anything is read: of two trainings that start at once, one is refused.
+    """
     config, launch = call.config, call.launch
     is_first = not Path(config.run.dir).exists()
     folder = choose_run(config, call.config_name, os.environ, launch)
-    is_new = not folder.path.exists() or not any(folder.path.iterdir())
-    if folder.path.exists():
-        # cut off from the others, its ranks end after train.hang_timeout; the other ranks of this one wait as long
-        patience = config.train.hang_timeout if launch.may_be_early else 0.0
-        stack.enter_context(training_lock(folder, patience=patience))
-    state = load_state(call, folder)
-    if not folder.path.exists():
-        folder.path.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(training_lock(folder))
-    num_fruitless = _count_fruitless_attempts(folder, state)
-    if num_fruitless >= config.run.max_attempts:
-        raise RunError(
-            f"run {folder.name} has ended {num_fruitless} times in a row without a new checkpoint: look at its log for "
-            f"the reason; run.max_attempts={num_fruitless + 1} or more tries again"
-        )
+    # cut off from the others, its ranks end after train.hang_timeout; the other ranks of this one wait as long
+    stack.enter_context(training_lock(folder, patience=config.train.hang_timeout if launch.may_be_early else 0.0))
+    is_new = list(folder.path.iterdir()) == [folder.lock]
+    try:
+        state = load_state(call, folder)
+        num_fruitless = _count_fruitless_attempts(folder, state)
+        if num_fruitless >= config.run.max_attempts:
+            raise RunError(
+                f"run {folder.name} has ended {num_fruitless} times in a row without a new checkpoint: look at its log "
+                f"for the reason; run.max_attempts={num_fruitless + 1} or more tries again"
+            )
+    except RunError:
+        if is_new:
+            _remove_unused(folder, with_parent=is_first)
+        raise
     return Claim(folder, state, num_fruitless, is_finished(folder.status(), config), is_new, is_first)
+
+
+def _remove_unused(folder: RunFolder, *, with_parent: bool) -> None:
+    """Remove a folder that holds nothing but its lock, which this process holds."""
+    with suppress(OSError):
+        if list(folder.path.iterdir()) == [folder.lock]:
+            folder.lock.unlink()
+            folder.path.rmdir()
+            if with_parent:
+                folder.path.parent.rmdir()
 
 
 def load_state(call: Invocation, folder: RunFolder) -> TrainingState | None:

@@ -44,7 +44,7 @@ def write_results(
         "count": evaluation.count,
         "recall": dict(zip(dataset.classes, _finite(evaluation.recall), strict=True)),
     }
-    output.bundle.save("final", trainer.model.state_dict())
+    output.bundle.save("final", trainer.model.state_dict(), step)
     which, logged_step = best_weights(output, trainer)
     weights = output.bundle.path(which)
     model: ModelRecord = {
@@ -58,11 +58,9 @@ def write_results(
         "register": config.tracking.register,
     }
     output.journal.append(record, model)
-    best = trainer.best.global_step if trainer.best else step
-    return [
-        f"finished: {evaluation.accuracy:.2%} of {evaluation.count:,} validation images right (best at step {best:,})",
-        _describe_first(dataset, predictions),
-    ]
+    best = f", {config.checkpoint.metric} {trainer.best.value:.5g}" if trainer.best else ""
+    result = f"finished: {evaluation.accuracy:.2%} of {evaluation.count:,} validation images right"
+    return [f"{result} (the model is of step {logged_step:,}{best})", _describe_first(dataset, predictions)]
 
 
 def best_weights(output: FolderOutput, trainer: Trainer) -> tuple[str, int]:

@@ -10,7 +10,7 @@ from pipeline.data.samples import DataError, Dataset
 from pipeline.learning.update import choose_precision
 from pipeline.models.catalog import ModelSpec, describe_layers
 from pipeline.parallel.start import choose_device, num_threads
-from pipeline.run.folder import RunError, RunFolder, is_being_trained, slurm_run_name, wait_until_free
+from pipeline.run.folder import RunError, RunFolder, batch_run_name, is_being_trained, wait_until_free
 from pipeline.run.resume import changes, check_same_training, is_finished
 from train.attempt.claim import Invocation, load_state
 from train.build import build_schedule, build_spec
@@ -74,7 +74,7 @@ def _check_files(call: Invocation, dataset: Dataset) -> str:
 
 
 def _folder(call: Invocation) -> Path:
-    name = call.config.run.name or slurm_run_name(os.environ) or f"{call.config_name}-<date>-<time>"
+    name = call.config.run.name or batch_run_name(os.environ) or f"{call.config_name}-<date>-<time>"
     return Path(call.config.run.dir).absolute() / name
 
 

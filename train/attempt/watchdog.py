@@ -1,6 +1,6 @@
 """A thread of each rank that sees from outside what the training cannot: that it hangs, or that nobody wants it.
 
-Once a second it checks whether the training still sends heartbeats, whether the launcher is still there, and, on
+Once a second it checks whether the training still advances, whether the launcher is still there, and, on
 rank 0, whether a file asks for a checkpoint or for the end.
 """
 
@@ -193,7 +193,7 @@ def watching_training(attempt: Attempt, trainer: Trainer) -> AbstractContextMana
     """Watch the training of this rank, and on rank 0 the stop files of its run folder."""
 
     def progress() -> object:
-        return trainer.heartbeats, trainer.timer.last
+        return trainer.timer.last
 
     phases = find_phases(waits_in_backward=trainer.step.parts.replicas.waits_in_backward)
     checks = [Watchdog(trainer.rank, progress, trainer.config.hang_timeout, attempt.fail, phases).check]
