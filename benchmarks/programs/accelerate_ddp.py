@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
