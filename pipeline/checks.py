@@ -88,8 +88,18 @@ def _check_tracking(config: Config) -> Iterator[Problem]:
         return
     name = "tracking.uri" if tracking.uri else "MLFLOW_TRACKING_URI"
     uri = tracking.uri or (os.environ.get(name) if tracking.enabled else None)
+    if uri and not tracking.uri and _may_be_a_plugins(uri):
+        return
     if uri and (problem := _find_uri_problem(uri)):
         yield Problem((name,), f"{name} = {without_credentials(uri)}: {problem}")
+
+
+def _may_be_a_plugins(uri: str) -> bool:
+    """Return whether a URI of the environment may be a plugin's, as clouds set it, or of an allowed file store."""
+    scheme = uri.partition(":")[0]
+    if scheme == "file" or ":" not in uri:
+        return os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")
+    return scheme not in URI_SCHEMES and ("://" in uri or scheme == "arn")
 
 
 def _find_uri_problem(uri: str) -> str | None:

@@ -59,7 +59,8 @@ class Trainer:
         is_finished = self._train_epochs()
         gc.unfreeze()
         self.profiler.close(self.output)
-        self.recording.check_some_steps(self.position.global_step)
+        if is_finished:
+            self.recording.check_some_steps(self.position.global_step)
         if is_finished and self.last_evaluation is None:  # resumed behind the last epoch
             self.last_evaluation = self.run_evaluation(self.evaluator)
         return "finished" if is_finished and self.last_evaluation else "preempted"

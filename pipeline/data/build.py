@@ -41,6 +41,7 @@ def list_dataset(config: DataConfig, seed: int) -> Dataset:
         raise ValueError(f"data.dataset = {config.dataset}: returned {kind}, accepted: pipeline.data.samples.Dataset")
     return replace(
         dataset,
+        classes=tuple(map(str, dataset.classes)),
         image_size=config.image_size or dataset.image_size,
         mean=config.mean or dataset.mean,
         std=config.std or dataset.std,

@@ -279,3 +279,15 @@ def test_a_home_folder_is_expanded_in_paths_as_a_shell_would(monkeypatch: pytest
     monkeypatch.setenv("HOME", "/home/me")
     config = load_config(CommandLine(DEFAULT, ("run.dir=~/runs", "data.root=~/data"), dry_run=False))
     assert (config.run.dir, config.data.root) == ("/home/me/runs", "/home/me/data")
+
+
+@pytest.mark.parametrize(
+    ("uri", "store"),
+    [("azureml://x/y", ""), ("arn:aws:sagemaker:eu:1:x/y", ""), ("file:///tmp/runs", "true"), ("./runs", "true")],
+)
+def test_an_address_of_a_plugin_or_an_allowed_file_store_is_taken(
+    monkeypatch: pytest.MonkeyPatch, uri: str, store: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", store)
+    assert list(find_problems(load_config(CommandLine(DEFAULT, (), dry_run=False)))) == []

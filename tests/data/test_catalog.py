@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pipeline
 import train
 from pipeline.data import sources
 from pipeline.data.catalog import known_sources, source
+from pipeline.data.samples import Dataset
 from tests.data.helpers import listed, loaded, pixels, tensors
 
 ROOT = Path(pipeline.__path__[0]).parent
@@ -140,3 +142,11 @@ def test_asking_for_the_names_imports_neither_torchvision_nor_scikit_learn() -> 
         "sys.exit(bool({'torchvision', 'sklearn'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def numbered(root: Path, seed: int) -> Dataset:
+    return replace(listed("digits"), classes=tuple(range(10)))  # type: ignore[arg-type]
+
+
+def test_names_of_classes_that_are_no_text_become_text() -> None:
+    assert listed(f"{__name__}:numbered").classes == tuple("0123456789")

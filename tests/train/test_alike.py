@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,3 +108,18 @@ def test_all_of_convoys_code_is_compared(tmp_path: Path, monkeypatch: pytest.Mon
     before = alike.describe_program(config_of())
     (tmp_path / package / "room" / "part.py").write_text("1\n")
     assert alike.describe_program(config_of()) != before
+
+
+partial_linear = partial(linear)
+
+
+def test_a_model_that_is_any_callable_and_hidden_files_beside_the_code_stop_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = f"model.name={__name__}:partial_linear"
+    assert "the digest of test_alike.py (model.name)" in alike.describe_program(config_of(key))
+    (tmp_path / "train").mkdir()
+    monkeypatch.setattr(alike, "ROOT", tmp_path)
+    before = alike.describe_program(config_of())
+    (tmp_path / "train" / ".#build.py").symlink_to("nowhere")  # an unsaved buffer of an editor
+    assert alike.describe_program(config_of()) == before

@@ -1,10 +1,10 @@
 """Whether all ranks run the same program with the same settings: asked before anything is read or written."""
 
 import hashlib
-import inspect
 import json
 import platform
 import socket
+import sys
 from pathlib import Path
 
 import torch
@@ -41,15 +41,20 @@ def check_alike(rank: Rank, config: Config) -> None:
 def describe_program(config: Config) -> dict[str, str]:
     """Return what has to be the same on all ranks: name -> value, or digest of a file."""
     settings = {key: show(value) for key, value in config.flat().items() if key not in MAY_DIFFER}
-    sources = sorted([*(ROOT / "train").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
+    found = [*(ROOT / "train").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]
+    # what editors and file managers leave beside them is hidden
+    sources = sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(ROOT).parts))
     program = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "the digest of Convoy's code": _digest(*sources),
     }
     for key in ("data.dataset", "model.name"):
-        if ":" in settings[key] and (file := inspect.getsourcefile(inspect.unwrap(resolve(settings[key])))):
-            program[f"the digest of {Path(file).name} ({key})"] = _digest(Path(file))
+        module, is_own, _ = settings[key].partition(":")
+        if is_own:
+            resolve(settings[key])  # imports the module
+            if file := getattr(sys.modules.get(module), "__file__", None):
+                program[f"the digest of {Path(file).name} ({key})"] = _digest(Path(file))
     return settings | program
 
 
