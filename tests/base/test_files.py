@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import IO
 
 import pytest
 
-from pipeline.base.files import write_atomically
+from pipeline.base.files import locked, write_atomically
 from tests.base.disk import record_disk
 
 
@@ -53,3 +55,23 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
         write_atomically(path, write)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_waiting_lock_waits(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "lock"
+    order: list[str] = []
+    entered = threading.Event()
+
+    def second() -> None:
+        entered.set()
+        with locked(path):
+            order.append("second")
+
+    with locked(path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        entered.wait()
+        time.sleep(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]

@@ -286,3 +286,17 @@ def test_a_training_that_resumes_the_run_while_a_death_is_shown_keeps_its_state(
     answers = iter([False])
     Publisher(folder, store).drain(lambda: next(answers, True))
     assert folder.status()["state"] == "running"
+
+
+def test_a_record_that_is_damaged_before_its_file_was_published_holds_up_nothing(
+    store: str, folder: RunFolder, journal: Journal
+) -> None:
+    journal.status("finished")
+    begin = folder.journal.stat().st_size
+    journal.append({"kind": "artifact", "path": "config.yaml"})
+    progress = Progress(folder, store)
+    progress.advance(folder.journal, folder.journal.stat().st_size, begin)
+    content = folder.journal.read_bytes()
+    folder.journal.write_bytes(content[:begin] + b"\0" * (len(content) - begin - 1) + b"\n")
+    assert publish(folder, store, lambda: False)[0]
+    assert Progress(folder, store).files_left == []
