@@ -99,17 +99,16 @@ def training_lock(folder: RunFolder, *, patience: float = 0.0) -> Iterator[None]
     forked DataLoader workers do not inherit: it is gone with the training itself.
     """
     with ExitStack() as stack:
-        is_held, attempts = False, 0
-        while not is_held:
-            attempts += 1
-            if attempts > 20:
-                raise RunError(f"{folder.lock} is another file each time: put run.dir on another filesystem")
+        for _ in range(20):
             folder.path.mkdir(parents=True, exist_ok=True)
             wait_until_free(folder, patience)
             with suppress(FileNotFoundError):  # who gives a new folder up removes it with its lock: once more then
                 file = stack.enter_context(folder.lock.open("a+"))
                 _lock(file, folder)
-                is_held = os.path.samestat(os.fstat(file.fileno()), folder.lock.stat())
+                if os.path.samestat(os.fstat(file.fileno()), folder.lock.stat()):
+                    break
+        else:
+            raise RunError(f"{folder.lock} is another file each time: put run.dir on another filesystem")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -78,8 +78,11 @@ class Publisher:
 
     def _drain_files(self, run: MlflowRun) -> None:
         for path, offset in self._progress.files_left:
-            record, _ = next(iterate(path, offset))
             if (path, offset) in self.failed_files:
+                continue
+            record, _ = next(iterate(path, offset), (None, 0))
+            if record is None:  # damaged since, which was said
+                self._progress.file_is_published(path, offset)
                 continue
             try:
                 upload(run, record, offset)

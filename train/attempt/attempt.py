@@ -166,10 +166,8 @@ def open_attempt(call: Invocation, rank: Rank) -> Iterator[Attempt]:
         folder, is_finished = rank.run_on_main(claim)
         attempt = Attempt(call, rank, folder, is_finished, claims[0] if claims else None)
         if is_finished and attempt.claim:
-            advice, epochs = (
-                "raise train.epochs to go on, or choose another run.name",
-                attempt.claim.folder.status().get("epoch", 0),
-            )
+            advice = "raise train.epochs to go on, or choose another run.name"
+            epochs = attempt.claim.folder.status().get("epoch", 0)
             logger.info("run %s is finished (%d epochs) and left as it is; %s", folder.name, epochs, advice)
             if call.config.tracking.enabled and not Progress(attempt.claim.folder, attempt.uri).is_complete():
                 logger.info(
